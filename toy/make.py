@@ -1,0 +1,263 @@
+"""Make the toy world: a tiny reasoner that overthinks, its tokenizer and its problems.
+
+    python toy/make.py             # about 5 minutes on 2 cores; rewrites the files beside this script
+
+The model solves short chains of additions and subtractions, then checks itself again and again. Each
+re-check costs tokens and has a small chance of spoiling the answer, so thinking less is also thinking
+better. Asked to be concise it checks less, yet still more than it must. To opsdc.py and eval.py the result
+is a model folder and two data files like any other:
+
+    config.json model.safetensors generation_config.json tokenizer.json tokenizer_config.json
+    chat_template.jinja train.jsonl test.jsonl
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from opsdc import INSTRUCTIONS, student_messages, teacher_messages  # noqa: E402
+
+LEVELS = range(1, 6)  # a problem's level is its number of operations
+WORDINGS = ("What is {}?", "Compute {}.", "Calculate {}.", "Find the value of {}.")
+OPENINGS = ("Okay, let me work this out.", "Let me go step by step.", "Alright, I need to be careful here.")
+RECHECKS = ("Wait, let me check that again.", "Hmm, let me double-check.", "Let me verify this once more.")
+TRAIN_ROWS, TEST_ROWS_PER_LEVEL = 4000, 40
+
+
+# ---------------------------------------------------------------------------------------------- problems
+def make_problem(rng, level):
+    """-> (expression, steps): '23 + 4 - 9' and ['23 + 4 = 27', '27 - 9 = 18'].
+
+    The running total stays within 10 to 50. The operands are distinct digits, which makes the next step
+    unambiguous: this is what lets so small a model be reliable.
+    """
+    while True:
+        total = rng.randint(15, 40)
+        expression, steps = str(total), []
+        for operand in rng.sample(range(1, 10), level):
+            sign = rng.choice("+-")
+            result = total + operand if sign == "+" else total - operand
+            steps.append(f"{total} {sign} {operand} = {result}")
+            expression += f" {sign} {operand}"
+            total = result
+            if not 10 <= total <= 50:
+                break
+        else:
+            return expression, steps
+
+
+def held_out(expression):
+    """About one expression in ten, by a hash: it never occurs in training data of any kind."""
+    return zlib.crc32(expression.encode()) % 10 == 0
+
+
+def draw(rng, level, test):
+    while True:
+        expression, steps = make_problem(rng, level)
+        if held_out(expression) == test:
+            return expression, steps
+
+
+def write_problems(rng):
+    """train.jsonl holds prompts and nothing else: the method needs no answers."""
+    train, test = {}, {}
+    while len(train) < TRAIN_ROWS:
+        expression, _ = draw(rng, rng.choice(LEVELS), test=False)
+        question = rng.choice(WORDINGS).format(expression)
+        train[question] = {"prompt": [{"role": "user", "content": question}]}
+    for level in LEVELS:
+        while len(test) < TEST_ROWS_PER_LEVEL * level:
+            expression, steps = draw(rng, level, test=True)
+            question = rng.choice(WORDINGS).format(expression)
+            answer = steps[-1].split(" = ")[1]
+            # keyed by the expression: no problem occurs twice under two wordings
+            test.setdefault(expression, {"prompt": [{"role": "user", "content": question}], "problem": question,
+                                         "answer": answer, "level": level})  # fmt: skip
+    for name, rows in (("train", train), ("test", test)):
+        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+
+
+# ------------------------------------------------------------------------------------------------ traces
+def make_response(rng, expression, steps, mode):
+    """The text the model is to write after its prompt, in one of three modes.
+
+    plain and concise differ in how often each optional move is made; minimal (used early in training, so
+    that arithmetic is learnt first) is the worked steps and the answer alone.
+    """
+    level, answer = len(steps), int(steps[-1].split(" = ")[1])
+    p_open, p_restate, p_conclude, p_check = {
+        "plain": (0.85, 0.70, 0.95, 0.73),
+        "concise": (0.30, 0.15, 0.60, 0.37 + 0.05 * level),
+        "minimal": (0, 0, 0, 0),
+    }[mode]
+    lines = []
+    if rng.random() < p_open:
+        lines.append(rng.choice(OPENINGS))
+    if rng.random() < p_restate:
+        lines.append(f"The problem asks for {expression}.")
+    lines += steps
+    if rng.random() < p_conclude:
+        lines.append(f"So the answer is {answer}.")
+    for _ in range(8):
+        if rng.random() >= p_check:
+            break
+        # A re-check does the last step again. One in twelve goes wrong, and is believed from then on.
+        verdict = "Yes, the answer is still"
+        if rng.random() < 0.08:
+            answer += rng.choice((-10, -2, -1, 1, 2, 10))
+            verdict = "No, the answer is"
+        lines.append(f"{rng.choice(RECHECKS)} {steps[-1].split(' = ')[0]} = {answer}. {verdict} {answer}.")
+    final = f"\\boxed{{{answer}}}" if rng.random() < 0.15 else answer
+    return "<think>\n" + "\n".join(lines) + f"\n</think>\n\nAnswer: {final}<|im_end|>"
+
+
+def make_example(rng, mode):
+    """-> (chat messages, response): the plain question or the question under the instruction, as trained with."""
+    expression, steps = draw(rng, rng.choice(LEVELS), test=False)
+    question = rng.choice(WORDINGS).format(expression)
+    messages = student_messages({"prompt": [{"role": "user", "content": question}]})
+    concise = rng.random() < 0.5
+    if concise:
+        messages = teacher_messages(messages, INSTRUCTIONS["v1"])
+    if mode == "full":
+        mode = "concise" if concise else "plain"
+    return messages, make_response(rng, expression, steps, mode)
+
+
+# ------------------------------------------------------------------------------------ tokenizer and model
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' and '</think>' in content %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
+{%- endif %}
+"""
+
+
+def make_tokenizer(rng):
+    """Byte-level BPE of at most 512 words, in which each digit and each of ' + ', ' - ', ' = ' is one token."""
+    special, thinking = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(r" [-+=] |\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = []
+    for _ in range(3000):
+        messages, response = make_example(rng, "full")
+        for word in special + thinking:
+            response = response.replace(word, "")
+        texts += ["user\n" + messages[-1]["content"], "assistant\n" + response]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512 - 5, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], model_max_length=1024, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.add_tokens(thinking)  # plain words, as in Qwen3: skip_special_tokens keeps them
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer):
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3,
+        head_dim=32, intermediate_size=288, max_position_embeddings=1024, rope_parameters={"rope_type": "default",
+        "rope_theta": 10_000.0}, initializer_range=0.1, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return model
+
+
+# ------------------------------------------------------------------------------------------ pre-training
+def batches(rng, tokenizer, steps, batch_size):
+    """Yields [(prompt ids, response ids)] of similar length; minimal traces fade out by half of the run."""
+    pool = []
+    for step in range(steps):
+        if not pool:
+            minimal = 0.9 * max(0, 1 - step / (steps / 2))
+            for mode in ("minimal", "full"):
+                count = round(32 * (minimal if mode == "minimal" else 1 - minimal))
+                examples = []
+                for _ in range(count * batch_size):
+                    messages, response = make_example(rng, mode)
+                    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                    examples.append((prompt, tokenizer.encode(response, add_special_tokens=False)))
+                examples.sort(key=lambda example: len(example[0]) + len(example[1]))
+                pool += [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+            rng.shuffle(pool)
+        yield pool.pop()
+
+
+def pretrain(model, tokenizer, rng, steps, batch_size=16, peak_lr=3e-3, warmup=30):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = time.time()
+    for step, batch in enumerate(batches(rng, tokenizer, steps, batch_size), 1):
+        decay = 2 * (steps - step) / steps  # constant for half of the run, then linear to 0
+        optimizer.param_groups[0]["lr"] = peak_lr * min(1, step / warmup, decay + 1e-3)
+        width = max(len(prompt) + len(response) for prompt, response in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # [B, S]
+        labels = torch.full((len(batch), width), -100)
+        for i, (prompt, response) in enumerate(batch):
+            end = len(prompt) + len(response)
+            ids[i, :end] = torch.tensor(prompt + response)
+            labels[i, len(prompt) : end] = ids[i, len(prompt) : end]
+        logits = model(input_ids=ids).logits
+        # Over a constant, not the batch's token count: batches are sorted by length, and a token mean would
+        # weigh short traces more and teach the model to stop early.
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        ) / (batch_size * 100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1 or step % 100 == 0:
+            nats = loss.item() * batch_size * 100 / (labels != -100).sum().item()
+            print(f"step {step:5d}/{steps}  loss {nats:.4f} nats/token  {time.time() - start:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the toy model and its data beside this script.")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--steps", type=int, default=1900, help="pre-training steps")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # as fast as two at this size
+    rng = random.Random(args.seed)
+    write_problems(rng)
+    tokenizer = make_tokenizer(rng)
+    model = make_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words")
+    pretrain(model, tokenizer, rng, args.steps)
+    model.save_pretrained(HERE)
+    tokenizer.save_pretrained(HERE)
+
+
+if __name__ == "__main__":
+    main()
