@@ -1,4 +1,4 @@
-"""OPSDC: On-Policy Self-Distillation for Reasoning Compression, in one file.
+r"""OPSDC: On-Policy Self-Distillation for Reasoning Compression, in one file.
 
 A reasoning model overthinks. Here it learns from itself to think less: the *student* answers the plain
 problem x; the *teacher*, a copy of the same model, sees the same problem with a conciseness instruction c on
@@ -20,7 +20,8 @@ Left out because the method needs none of it: answers, rewards, advantages, impo
 length budget, a difficulty estimate, a filter on rollouts (right or wrong, finished or cut off at the cap,
 all are trained on). Left out to stay readable: other inference engines, LoRA, learning-rate schedules.
 
-    python opsdc.py --model toy --data toy/train.jsonl --lr 3e-4 --refresh_every 25 --max_response_tokens 320
+    python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 3e-4 --refresh_every 25 \
+        --max_response_tokens 320 --micro_batch_size 4
     torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B
 
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, S = P + T padded, V vocabulary,
@@ -38,6 +39,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -113,16 +115,20 @@ def student_messages(row):
     or `question` is put into the paper's form."""
     column = next((name for name in ("prompt", "problem", "question") if name in row), None)
     if column is None:
-        raise ValueError(f"needs a column prompt, problem or question, has {', '.join(map(str, row))}")
-    messages = row[column]
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    texts = [message.get("content") for message in messages] if isinstance(messages, list) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{column} must be text or chat messages, not empty")
-    if column != "prompt":
-        messages = [{"role": "user", "content": MATH_PROMPT.format(row[column])}]
-    return messages
+        raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
+    content = row[column]
+    if isinstance(content, str) and content.strip():
+        if column != "prompt" and not content.startswith(STEP_BY_STEP):
+            content = MATH_PROMPT.format(content)
+        return [{"role": "user", "content": content}]
+    try:
+        texts = [message["content"] for message in content]
+        ends_with_user = content[-1]["role"] == "user"
+    except (TypeError, KeyError, IndexError):
+        texts, ends_with_user = [], False
+    if not ends_with_user or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{column} must be text, or chat messages that end with the user's, and not empty")
+    return content
 
 
 def teacher_messages(messages, instruction):
@@ -304,8 +310,7 @@ def gathered(model):
 def accumulate_gradient(student, teacher, batch, responses, cfg):
     """Backward through this process's share of the batch -> for each response, in order: kl [T], entropy [T].
 
-    FSDP averages gradients over processes. Equal shares, in equal micro-batches, make that the batch mean of
-    [9] exactly, however the batch is split.
+    FSDP averages gradients over processes; with equal shares that is the batch mean exactly, however it is split.
     """
     student.train()  # the mode in which gradient checkpointing acts
     kl, entropy = {}, {}
@@ -356,7 +361,7 @@ def train(cfg):
         dist.barrier()
         seconds_rollout = time.time() - began
 
-        kl, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)  # [5] to [8] are in there
+        kl, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).full_tensor().item()
         good = math.isfinite(grad_norm)  # the same number on every process
         if good:
@@ -617,14 +622,20 @@ def training_state(student, teacher, optimizer):
 def save_checkpoint(cfg, step, student, teacher, optimizer):
     folder = Path(cfg.out, "checkpoint")
     with whole_folder(folder / f"step_{step}") as path:
-        dcp.save(
-            training_state(student, teacher, optimizer),
-            storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),  # safetensors: no pickle
-        )
+        state = training_state(student, teacher, optimizer)
+        files = {name: 1 + i // 64 for i, name in enumerate(state)}  # each file is buffered whole in host memory
+        writer = HuggingFaceStorageWriter(str(path), files, save_distributed=True)  # safetensors: no pickle
+        dcp.save(state, storage_writer=writer, no_dist=alone())
     if dist.get_rank() == 0:
         for other in folder.iterdir():
             if other.name != f"step_{step}":
                 shutil.rmtree(other)
+
+
+def alone():
+    """Whether to spare the checkpoint its collectives: after a gloo gather the CPU threads of a lone process run at
+    half speed (measured with torch 2.13)."""
+    return dist.get_world_size() == 1
 
 
 def load_checkpoint(cfg, student, teacher, optimizer):
@@ -632,7 +643,7 @@ def load_checkpoint(cfg, student, teacher, optimizer):
     step = last_checkpoint(cfg)
     if step:
         reader = HuggingFaceStorageReader(str(Path(cfg.out, "checkpoint", f"step_{step}")))
-        dcp.load(training_state(student, teacher, optimizer), storage_reader=reader)
+        dcp.load(training_state(student, teacher, optimizer), storage_reader=reader, no_dist=alone())
     if dist.get_rank() == 0:
         for log in (Path(cfg.out, "metrics.jsonl"), Path(cfg.out, "rollouts.jsonl")):
             if log.exists():
@@ -774,6 +785,7 @@ def check_settings(cfg, world):
 def main():
     cfg = parse_args()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said whenever a lone process saves
     try:
         train(cfg)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,544 @@
+"""Tests of opsdc.py on a CPU, without network: python -m pytest -q
+
+Run under torchrun this file is instead the worker of the two-process tests.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+import opsdc
+
+HERE = Path(__file__).resolve().parent
+TOY = str(HERE / "toy")
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    opsdc.start_process_group(0, 1, CPU)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ helpers
+def tiny(seed=0, tied=False, vocabulary=61):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.4,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )).eval()  # fmt: skip
+
+
+def ragged_batch(seed=0, vocabulary=61):
+    """Four prompts with teacher prompts of other lengths, and responses from one token up."""
+    random = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(2, vocabulary, (n,), generator=random).tolist()
+
+    prompts = [opsdc.Prompt(ids(p), ids(q)) for p, q in ((3, 9), (7, 8), (1, 20), (5, 5))]
+    return prompts, [ids(t) for t in (1, 13, 6, 29)]
+
+
+def plain_kl(student, teacher, prompt, response):
+    """KL(q_t || p_t) of one sequence by an ordinary forward pass over nothing but itself, in float64 -> [T]."""
+    logs = []
+    for model, ids in ((student, prompt.student), (teacher, prompt.teacher)):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + response])).logits[0].double()
+        logs.append(torch.stack([logits[len(ids) + t - 1] for t in range(len(response))]).log_softmax(-1))
+    log_q, log_p = logs
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def gradients(model):
+    full = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return full
+
+
+def assert_close(a, b, tolerance):
+    scale = max(x.abs().max().item() for x in a.values())
+    worst = {name: (a[name] - b[name]).abs().max().item() / scale for name in a}
+    assert a.keys() == b.keys() and max(worst.values()) < tolerance, worst
+
+
+def command(*flags, processes=1, script="opsdc.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(HERE / script), *map(str, flags)]
+
+
+def run(*flags, processes=1, script="opsdc.py", code=0):
+    """A command line as a user gives it -> what it printed."""
+    done = subprocess.run(
+        command(*flags, processes=processes, script=script), cwd=HERE, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+TOY_RUN = ("--model", TOY, "--data", HERE / "toy" / "train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
+SHORT_RUN = (*TOY_RUN, "--batch_size", 4, "--micro_batch_size", 2, "--max_response_tokens", 40)
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """Sixteen steps of the README's toy command, refreshed once: folder, printed text."""
+    out = tmp_path_factory.mktemp("toy") / "run"
+    return out, run(*TOY_RUN, "--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out)
+
+
+# --------------------------------------------------------------------------------------------------- divergence
+def closed_form(kind, q, p):
+    m = (q + p) / 2
+    kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
+    return {"reverse_kl": kl(q, p), "forward_kl": kl(p, q), "jsd": (kl(q, m) + kl(p, m)) / 2}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_and_gradient_against_float64_closed_form(kind):
+    torch.manual_seed(0)
+    z, teacher = 3 * torch.randn(17, 101), 3 * torch.randn(17, 101)
+    exact_z = z.double().requires_grad_()
+    exact = closed_form(kind, exact_z.softmax(-1), teacher.double().softmax(-1))
+    exact.sum().backward()
+    loss, grad, entropy = opsdc.divergence(z, teacher, kind)
+    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), exact_z.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy, Categorical(logits=z).entropy())
+
+
+def test_direction_of_kl_against_torch_distributions():
+    torch.manual_seed(1)
+    z, teacher = 2 * torch.randn(9, 33), 2 * torch.randn(9, 33)
+    q, p = Categorical(logits=z), Categorical(logits=teacher)
+    torch.testing.assert_close(opsdc.divergence(z, teacher, "reverse_kl")[0], kl_divergence(q, p))
+    torch.testing.assert_close(opsdc.divergence(z, teacher, "forward_kl")[0], kl_divergence(p, q))
+    assert (kl_divergence(q, p) - kl_divergence(p, q)).abs().min() > 1e-3  # the two can be told apart here
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", (1, 7, 23, 1000))
+def test_lean_loss_against_full_logits(kind, chunk):
+    torch.manual_seed(0)
+    N, H, V, temperature = 23, 16, 151, 0.7
+    hidden, head, teacher_hidden, teacher_head = (torch.randn(*shape) for shape in ((N, H), (V, H)) * 2)
+    weight = torch.rand(N)
+    leaves = [x.double().requires_grad_() for x in (hidden, head)]
+    q = (leaves[0] @ leaves[1].T / temperature).softmax(-1)
+    p = (teacher_hidden.double() @ teacher_head.double().T / temperature).softmax(-1)
+    exact = (weight.double() * closed_form(kind, q, p)).sum()
+    (3 * exact).backward()
+    hidden.requires_grad_(), head.requires_grad_()
+    loss, per_token, entropy = opsdc.DivergenceLoss.apply(
+        hidden, head, teacher_hidden, teacher_head, weight, kind, temperature, chunk
+    )
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(per_token.double(), closed_form(kind, q, p).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, Categorical(probs=q.detach().float()).entropy(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), leaves[0].grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(head.grad.double(), leaves[1].grad, rtol=1e-3, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
+    vocabulary = 5000
+    student, teacher = (opsdc.shard(tiny(seed, vocabulary=vocabulary), CPU) for seed in (0, 1))
+    prompts, responses = ragged_batch()
+    responses = [4 * response for response in responses]
+    monkeypatch.setattr(opsdc, "CHUNK_LOGITS", 8 * vocabulary)
+    with Largest() as lean:
+        loss, _, _ = opsdc.opsdc_loss(student, teacher, prompts, responses, "reverse_kl", 1.0)
+        loss.backward()
+    weights = 2 * 32 * vocabulary + 32  # embeddings, head and last norm, which FSDP moves as one
+    assert lean.numel == weights < max(map(len, responses)) * vocabulary
+    with Largest() as plain:
+        student(torch.tensor([prompts[3].student + responses[3]]))
+    assert plain.numel > max(map(len, responses)) * vocabulary  # the watch does see full logits
+
+
+# ------------------------------------------------------------------------------------------------------ scoring
+def test_identity():
+    """Same weights, same prompt, ragged lengths: every KL is exactly 0."""
+    student, teacher = (opsdc.shard(tiny(), CPU) for _ in range(2))
+    prompts, responses = ragged_batch()
+    same = [opsdc.Prompt(prompt.student, prompt.student) for prompt in prompts]
+    loss, kl, _ = opsdc.opsdc_loss(student, teacher, same, responses, "reverse_kl", 1.0)
+    assert [len(x) for x in kl] == [len(x) for x in responses]
+    assert loss.item() == 0 and all((x == 0).all() for x in kl)
+    _, kl, _ = opsdc.opsdc_loss(student, teacher, prompts, responses, "reverse_kl", 1.0)
+    assert all((x > 0).all() for x in kl)  # and not so with another prompt
+
+
+def test_each_response_token_is_scored_where_both_predict_it():
+    student, teacher = tiny(0), tiny(1)
+    prompts, responses = ragged_batch()
+    exact = [plain_kl(student, teacher, prompt, response) for prompt, response in zip(prompts, responses)]
+    student, teacher = opsdc.shard(student, CPU), opsdc.shard(teacher, CPU)
+    loss, kl, _ = opsdc.opsdc_loss(student, teacher, prompts, responses, "reverse_kl", 1.0)
+    for mine, plain in zip(kl, exact):
+        torch.testing.assert_close(mine.double(), plain, rtol=1e-4, atol=1e-5)
+    # the mean over sequences of the mean over tokens, not the mean over tokens
+    assert loss.item() == pytest.approx(sum(x.mean().item() for x in exact) / 4, rel=1e-5)
+    assert loss.item() != pytest.approx(torch.cat(exact).mean().item(), rel=1e-3)
+
+
+def test_temperature_scores_as_it_samples():
+    student, teacher = (opsdc.shard(tiny(seed), CPU) for seed in (0, 1))
+    prompts, responses = ragged_batch()
+    _, kl, _ = opsdc.opsdc_loss(student, teacher, prompts, responses, "reverse_kl", 2.0)
+    halved = []
+    for seed in (0, 1):
+        model = tiny(seed)
+        model.lm_head.weight.data /= 2
+        halved.append(model)
+    for mine, prompt, response in zip(kl, prompts, responses):
+        torch.testing.assert_close(mine.double(), plain_kl(*halved, prompt, response), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_gradient_is_the_same_however_the_batch_is_split(tied):
+    prompts, responses = ragged_batch()
+    exact_student, teacher = tiny(0, tied), tiny(1)
+    loss = 0
+    for prompt, response in zip(prompts, responses):  # plain autograd through full logits
+        logs = []
+        for model, ids in ((exact_student, prompt.student), (teacher, prompt.teacher)):
+            logits = model(torch.tensor([ids + response])).logits[0, len(ids) - 1 : -1]
+            logs.append(logits.log_softmax(-1))
+        loss = loss + kl_divergence(Categorical(logits=logs[0]), Categorical(logits=logs[1].detach())).mean() / 4
+    loss.backward()
+    exact = {name: p.grad for name, p in exact_student.named_parameters()}
+    for micro_batch_size in (1, 2, 4):
+        student, teacher = opsdc.shard(tiny(0, tied), CPU), opsdc.shard(tiny(1), CPU)
+        cfg = opsdc.Config(micro_batch_size=micro_batch_size)
+        kl, _ = opsdc.accumulate_gradient(student, teacher, prompts, responses, cfg)
+        assert sum(x.mean().item() for x in kl) / 4 == pytest.approx(loss.item(), rel=1e-5)
+        assert [len(x) for x in kl] == [len(x) for x in responses]
+        assert_close(exact, gradients(student), 2e-5)
+        assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_two_processes_against_one(tied, tmp_path):
+    student, teacher = opsdc.shard(tiny(0, tied), CPU), opsdc.shard(tiny(1, tied), CPU)
+    kl, _ = opsdc.accumulate_gradient(student, teacher, *ragged_batch(), opsdc.Config(micro_batch_size=1))
+    run(tmp_path / "two.pt", int(tied), processes=2, script="test_opsdc.py")
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert sum(x.mean().item() for x in kl) / 4 == pytest.approx(two.pop("loss").item(), rel=1e-6)
+    assert_close(gradients(student), two, 2e-5)
+
+
+def worker(path, tied):
+    """Under torchrun: this process's half of the batch; the first process saves loss and full gradients."""
+    rank, world, device = opsdc.processes()
+    opsdc.start_process_group(rank, world, device)
+    student, teacher = (opsdc.shard(tiny(seed, tied == "1"), device) for seed in (0, 1))
+    prompts, responses = ragged_batch()
+    mine = slice(rank * 2, rank * 2 + 2)
+    kl, _ = opsdc.accumulate_gradient(student, teacher, prompts[mine], responses[mine], opsdc.Config())
+    (total,) = opsdc.over_processes(torch.distributed.ReduceOp.SUM, sum(x.mean() for x in kl))
+    full = gradients(student) | {"loss": torch.tensor(total / 4)}
+    if rank == 0:
+        torch.save(full, path)
+    torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ rollout
+def uniform():
+    """A model that gives all of its 61 words the same probability, with a checkpoint's sampling habits."""
+    model = tiny()
+    model.lm_head.weight.data.zero_()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.5, eos_token_id=[1, 2]
+    )
+    return model
+
+
+def test_sampling_is_from_the_whole_vocabulary():
+    """A top-k of 50, the library's own, would leave 11 of 61 words out, the checkpoint's 41."""
+    model = uniform()
+    opsdc.set_sampling(model, SimpleNamespace(eos_token_id=1, pad_token_id=0), temperature=1.0, max_new_tokens=30)
+    assert model.generation_config.eos_token_id == [1, 2]
+    torch.manual_seed(0)
+    sampled = [token for response in opsdc.rollout(model, [[5, 6]] * 400) for token in response]
+    counts = torch.bincount(torch.tensor(sampled), minlength=61).double()
+    expected = len(sampled) / 61
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert (counts > 0).all() and chi_square < 112  # 60 degrees of freedom: exceeded once in 20,000
+
+
+def test_responses_end_with_the_first_stop_token_or_at_the_cap():
+    assert opsdc.cut_at_eos([5, 1, 1, 1], [1, 2]) == [5, 1]  # pad equal to EOS: the EOS itself stays
+    assert opsdc.cut_at_eos([5, 2, 0, 0], [1, 2]) == [5, 2]
+    assert opsdc.cut_at_eos([5, 0, 6], [1, 2]) == [5, 0, 6]  # a pad token that was sampled is a token like any other
+    both = []
+    for pad in (0, 1):
+        model = uniform()
+        opsdc.set_sampling(
+            model, SimpleNamespace(eos_token_id=1, pad_token_id=pad), temperature=1.0, max_new_tokens=30
+        )
+        torch.manual_seed(3)
+        both.append(opsdc.rollout(model, [[5, 6], [7], [8, 9, 10]] * 20))
+    for other, response in zip(*both):
+        assert other == response
+        assert not {1, 2} & set(response[:-1])
+        assert response[-1] in (1, 2) or len(response) == 30
+    assert any(response[-1] in (1, 2) for response in both[0]) and any(len(response) == 30 for response in both[0])
+
+
+def test_padding_does_not_change_what_is_written():
+    """Greedy, each prompt alone against all together on the left-padded batch."""
+    tokenizer, _ = opsdc.load_tokenizer(TOY)
+    model = opsdc.load_model(TOY, "auto")
+    opsdc.set_sampling(model, tokenizer, do_sample=False, max_new_tokens=60)
+    texts = ("What is 23 + 4 - 9?", "Compute 31 - 6 + 2 + 7 - 1.", "Calculate 20 + 5.")
+    prompts = [opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": text})) for text in texts]
+    assert len(set(map(len, prompts))) == 3
+    assert opsdc.rollout(model, prompts) == [opsdc.rollout(model, [prompt])[0] for prompt in prompts]
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is {x}?\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
+
+@pytest.mark.parametrize("row", ({"prompt": [{"role": "user", "content": DAPO}]}, {"prompt": DAPO}, {"problem": DAPO},
+                                 {"problem": "What is {x}?", "answer": "1"}, {"question": "What is {x}?"}))  # fmt: skip
+def test_standard_form(row):
+    student = opsdc.student_messages(row)
+    assert student == [{"role": "user", "content": DAPO}]
+    for name in ("v1", "v2"):
+        instruction = opsdc.INSTRUCTIONS[name]
+        (message,) = opsdc.teacher_messages(student, instruction)
+        head, tail = DAPO.split(" The last line", 1)
+        assert message == {"role": "user", "content": f"{instruction} The last line{tail}"}
+        assert head == "Solve the following math problem step by step." and message["content"].count("Remember to") == 1
+    assert student == [{"role": "user", "content": DAPO}]  # not changed in place
+
+
+def test_any_other_prompt_gets_the_instruction_on_top_of_the_users_message():
+    system = {"role": "system", "content": "You are terse."}
+    student = opsdc.student_messages({"prompt": [system, {"role": "user", "content": "Name a bird."}]})
+    assert opsdc.teacher_messages(student, "Be brief.") == [system, {"role": "user", "content": "Be brief.\n\nName a bird."}]
+
+
+@pytest.mark.parametrize("row", ({"text": "x"}, {"prompt": ""}, {"prompt": []}, {"prompt": None}, {"problem": 3}, {"question": " "},
+                                 {"prompt": [{"role": "user"}]}, {"prompt": [{"role": "assistant", "content": "x"}]}))  # fmt: skip
+def test_rows_without_a_prompt(row):
+    with pytest.raises(ValueError, match="prompt|problem|question"):
+        opsdc.student_messages(row)
+
+
+def test_prompt_ids_ask_for_thinking():
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    ids = opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": "What is 2 + 3?"}))
+    assert tokenizer.decode(ids) == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.chat_template = "{{ enable_thinking }}"
+    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, [{"role": "user", "content": "x"}])) == "True"
+
+
+def test_data_order_covers_each_epoch_once():
+    order = [row for step in range(1, 13) for row in opsdc.batch_rows(10, 5, step, seed=0)]
+    epochs = [order[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
+    assert opsdc.batch_rows(10, 5, 3, seed=1) != opsdc.batch_rows(10, 5, 3, seed=0)
+    assert [opsdc.batch_rows(10, 4, s, 0) for s in range(1, 4)] == [order[i : i + 4] for i in range(0, 12, 4)]
+
+
+# ----------------------------------------------------------------------------------------------------- settings
+def test_defaults_are_the_papers():
+    cfg = opsdc.parse_args([])
+    paper = dict(
+        model="Qwen/Qwen3-8B", data="YouJiacheng/DAPO-Math-17k-dedup", split="train", instruction="v1",
+        divergence="reverse_kl", refresh_every=50, steps=100, batch_size=32, max_prompt_tokens=1024,
+        max_response_tokens=8192, temperature=1.0, lr=1e-6, weight_decay=0.01, grad_clip=1.0,
+    )  # fmt: skip
+    assert {name: getattr(cfg, name) for name in paper} == paper
+    contract = "model data split out instruction divergence refresh_every steps batch_size micro_batch_size max_prompt_tokens \
+        max_response_tokens temperature lr weight_decay grad_clip save_every resume log_rollouts seed"
+    assert set(vars(cfg)) == set(contract.split())
+    assert opsdc.parse_args(["--batch-size", "8", "--resume"]) == opsdc.Config(batch_size=8, resume=True)
+
+
+def test_algorithm_1_is_tagged_line_by_line():
+    text = (HERE / "opsdc.py").read_text()
+    code = text.replace(opsdc.__doc__, "")
+    for i in range(1, 10):
+        assert opsdc.__doc__.count(f"[{i}]") >= 1 and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1 == code.count(f"[{i}]")
+
+
+# ----------------------------------------------------------------------------------------------------- training
+def checkpoint(out, step):
+    """All tensors of a checkpoint by name, put together from its files."""
+    from safetensors.torch import load_file
+
+    return {k: v for file in Path(out, "checkpoint", f"step_{step}").iterdir() for k, v in load_file(file).items()}
+
+
+def test_teacher_is_refreshed_before_the_update_and_is_a_copy(tmp_path):
+    one, three = tmp_path / "one", tmp_path / "three"
+    run(*SHORT_RUN, "--refresh_every", 2, "--steps", 1, "--out", one)
+    run(*SHORT_RUN, "--refresh_every", 2, "--steps", 3, "--out", three)
+    assert [m["refreshed"] for m in lines(three / "metrics.jsonl")] == [False, True, False]
+    base = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32).state_dict()
+    early, late = checkpoint(one, 1), checkpoint(three, 3)
+    for name in (n.removeprefix("student.") for n in early if n.startswith("student.")):
+        assert torch.equal(early[f"teacher.{name}"], base[name])  # step 1 does not touch the teacher
+        assert not torch.equal(early[f"student.{name}"], base[name])
+        # the student as it was before step 2's update, and not as it is now
+        assert torch.equal(late[f"teacher.{name}"], early[f"student.{name}"])
+        assert not torch.equal(late[f"teacher.{name}"], late[f"student.{name}"])
+
+
+def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
+    monkeypatch.setattr(opsdc, "compute_dtype", lambda device: torch.bfloat16)
+    student, teacher = opsdc.shard(tiny(0).to(torch.bfloat16), CPU).float(), opsdc.shard(tiny(1).to(torch.bfloat16), CPU)
+    before = {name: p.full_tensor().clone() for name, p in student.named_parameters()}
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.0)
+    prompts, responses = ragged_batch()
+    assert opsdc.response_states(student, [x for x, _ in prompts], responses)[0].dtype == torch.bfloat16
+    student.reshard()
+    opsdc.accumulate_gradient(student, teacher, prompts, responses, opsdc.Config())
+    moved = total = moved_in_bf16 = 0
+    touched = {name: p.grad.full_tensor() != 0 for name, p in student.named_parameters()}
+    assert all(p.grad.dtype == torch.float32 for p in student.parameters())
+    optimizer.step()
+    for name, p in student.named_parameters():
+        after = p.full_tensor()
+        assert after.dtype == torch.float32
+        total += touched[name].sum().item()
+        moved += (after != before[name])[touched[name]].sum().item()
+        moved_in_bf16 += (after.bfloat16() != before[name].bfloat16())[touched[name]].sum().item()
+    assert moved == total > 0.8 * sum(p.numel() for p in before.values()) and moved_in_bf16 < 0.05 * total
+
+
+def test_loss_and_kl_can_be_recomputed_from_the_log(tmp_path):
+    run(*SHORT_RUN, "--steps", 1, "--log_rollouts", 4, "--out", tmp_path / "run")
+    records, (metrics,) = lines(tmp_path / "run" / "rollouts.jsonl"), lines(tmp_path / "run" / "metrics.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    kls = []
+    for record in records:
+        assert tokenizer.decode(record["student_prompt_ids"]) == record["student_prompt"]
+        assert record["teacher_prompt"] == record["student_prompt"].replace("user\n", f"user\n{opsdc.INSTRUCTIONS['v1']}\n\n")
+        assert tokenizer.decode(record["response_ids"]) == record["response"]
+        prompt = opsdc.Prompt(record["student_prompt_ids"], record["teacher_prompt_ids"])
+        kl = plain_kl(model, model, prompt, record["response_ids"])
+        torch.testing.assert_close(torch.tensor(record["token_kl"]).double(), kl, rtol=1e-3, atol=1e-6)
+        assert record["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+        kls.append(kl.mean().item())
+    assert len(records) == 4 and metrics["loss"] == pytest.approx(sum(kls) / 4, rel=1e-4)
+    lengths = [len(record["response_ids"]) for record in records]
+    assert metrics["response_tokens"] == sum(lengths) / 4
+    assert metrics["truncated"] == sum(r["response_ids"][-1] != tokenizer.eos_token_id for r in records) / 4
+
+
+def test_training_shortens_responses(toy_run):
+    out, printed = toy_run
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 17))
+    tokens = [m["response_tokens"] for m in metrics]
+    assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
+    assert "--- teacher_prompt ---" in printed and re.search(r"step\s+16/16  loss .* left 0:00:00", printed)
+    fields = "step loss response_tokens truncated entropy grad_norm lr refreshed seconds seconds_rollout seconds_train \
+        tokens_per_second peak_memory_gb"
+    assert set(fields.split()) <= set(metrics[0])
+    config = json.loads((out / "config.json").read_text())
+    assert config["lr"] == 3e-4 and config["versions"]["torch"] == torch.__version__ and "opsdc.py" in config["command"]
+
+
+def test_export_is_an_ordinary_folder_in_bf16(toy_run):
+    out, _ = toy_run
+    folder = out / "step_16"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
+    trained = checkpoint(out, 16)
+    assert model.dtype == torch.bfloat16 and type(model).__name__ == "Qwen3ForCausalLM"
+    assert all(torch.equal(p, trained[f"student.{name}"].bfloat16()) for name, p in model.named_parameters())
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(TOY).chat_template
+    base = json.loads(Path(TOY, "config.json").read_text())
+    saved = json.loads((folder / "config.json").read_text())
+    assert {k for k in base if base[k] != saved.get(k)} <= {"dtype", "transformers_version"}
+    assert model.generation_config.to_diff_dict() == GenerationConfig.from_pretrained(TOY).to_diff_dict()
+    ids = opsdc.prompt_ids(tokenizer, [{"role": "user", "content": "What is 20 + 4?"}])
+    text = tokenizer.decode(model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :])
+    assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
+
+
+def test_two_processes_train(tmp_path):
+    run(*SHORT_RUN, "--steps", 2, "--log_rollouts", 4, "--out", tmp_path / "run", processes=2)
+    metrics, records = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2] and [r["step"] for r in records] == [1] * 4 + [2] * 4
+    assert len({r["student_prompt"] for r in records}) == 8
+    assert metrics[1]["loss"] == pytest.approx(sum(r["kl"] for r in records[4:]) / 4, rel=1e-6)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "step_2")
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    def figures(out):
+        untimed = [{k: v for k, v in m.items() if "second" not in k and k != "peak_memory_gb"} for m in lines(out / "metrics.jsonl")]
+        return untimed, lines(out / "rollouts.jsonl")
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    settings = (*SHORT_RUN, "--refresh_every", 3, "--save_every", 2)
+    run(*settings, "--steps", 4, "--out", whole)
+    run(*settings, "--steps", 3, "--out", halves)
+    run(*settings, "--steps", 4, "--out", halves, "--resume")
+    assert figures(whole) == figures(halves)
+    a, b = checkpoint(whole, 4), checkpoint(halves, 4)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -------------------------------------------------------------------------------------------------- wrong input
+@pytest.mark.parametrize("flags, message", (
+    (("--model", "nowhere/at-all"), "--model nowhere/at-all"),
+    (("--data", "missing.jsonl"), "--data missing.jsonl"),
+    (("--instruction", ""), "--instruction"),
+    (("--batch_size", "3", "--micro_batch_size", "2"), "--batch_size 3"),
+    (("--temperature", "0"), "--temperature"),
+    (("--divergence", "kl"), "--divergence"),
+    (("--max_response_tokens", "1020"), "--max_response_tokens 1020"),
+    (("--max_prompt_tokens", "5"), "--data "),
+))  # fmt: skip
+def test_wrong_input_is_one_line_and_code_2(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    printed = run(*SHORT_RUN, "--out", tmp_path / "run", *flags, code=2)
+    assert f"error: {message}" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
