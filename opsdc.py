@@ -32,6 +32,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import random
 import resource
 import shlex
@@ -505,8 +506,12 @@ class Prompt(NamedTuple):
 
 def load_prompts(cfg, tokenizer, context):
     instruction = INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
-    prompts, number = [], 0
-    for number, row in enumerate(load_rows(cfg.data, cfg.split), 1):
+    try:
+        rows = load_rows(cfg.data, cfg.split)
+    except ValueError as error:
+        fail(f"--data {cfg.data}: {first_line(error)}")
+    prompts = []
+    for number, row in enumerate(rows, 1):
         try:
             messages = student_messages(row)
         except ValueError as error:
@@ -518,18 +523,18 @@ def load_prompts(cfg, tokenizer, context):
         if max(map(len, prompt)) <= cfg.max_prompt_tokens:
             prompts.append(prompt)
     if not prompts:
-        fail(f"--data {cfg.data}: none of its {number} prompts fits --max_prompt_tokens {cfg.max_prompt_tokens}")
+        fail(f"--data {cfg.data}: none of its {len(rows)} prompts fits --max_prompt_tokens {cfg.max_prompt_tokens}")
     longest = max(len(ids) for prompt in prompts for ids in prompt)
     if longest + cfg.max_response_tokens > context:
         fail(
             f"--max_response_tokens {cfg.max_response_tokens} and a prompt of {longest} tokens exceed the model's "
             f"context of {context}: at most {context - longest}"
         )
-    say(f"{len(prompts)} prompts from {cfg.data}, {number - len(prompts)} skipped as over {cfg.max_prompt_tokens} tokens")
+    say(f"{len(prompts)} prompts from {cfg.data}, {len(rows) - len(prompts)} skipped as over {cfg.max_prompt_tokens} tokens")
     return prompts
 
 
-def load_rows(data, split):
+def load_rows(data, split, configuration=None):
     """The rows of --data, as dicts: a JSON, JSON-lines, parquet or csv file, a saved-dataset folder, or a hub name."""
     path = Path(data)
     kind = path.suffix.lower().lstrip(".")
@@ -540,16 +545,15 @@ def load_rows(data, split):
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         elif path.is_dir():
             rows = datasets.load_from_disk(data)
-            if isinstance(rows, dict):
-                if split not in rows:
-                    fail(f"--split {split}: {data} has {', '.join(rows)}")
-                rows = rows[split]
+            if isinstance(rows, dict) and split not in rows:
+                raise ValueError(f"no split {split}, only {', '.join(rows)}")
+            rows = rows[split] if isinstance(rows, dict) else rows
         else:
-            rows = datasets.load_dataset(data, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"--data {data}: {first_line(error)}")
+            rows = datasets.load_dataset(data, configuration, split=split)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{first_line(error)} (the hub may be out of reach; a local file or folder needs none)") from error
     if len(rows) == 0:
-        fail(f"--data {data}: no rows")
+        raise ValueError("no rows")
     return rows
 
 
@@ -599,13 +603,18 @@ def open_run(cfg):
         changed = [f"--{k} was {before.get(k)}, is {v}" for k, v in config.items() if k not in free and before.get(k) != v]
         if changed:
             fail(f"--resume: settings differ from those of the run in {out}: {'; '.join(changed)}")
-    config["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
-    config["command"] = shlex.join(sys.argv)
+    write_config(out, config)
+
+
+def write_config(out, config):
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    config = config | {"versions": {"python": platform.python_version()} | versions, "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
+    return config
 
 
 def training_state(student, teacher, optimizer):
@@ -752,14 +761,13 @@ def append(cfg, name, records):
 
 
 # ------------------------------------------------------------------------------------------------------- entry
-def parse_args(argv=None):
-    description = "OPSDC: On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433)."
+def parse_args(config_class, description, argv=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for f in fields(Config):
+    for f in fields(config_class):
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both spellings, named once
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(*names, dest=f.name, default=f.default, help=f"{f.metadata['help']} [{f.default}]", **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    return config_class(**vars(parser.parse_args(argv)))
 
 
 def check_settings(cfg, world):
@@ -783,7 +791,7 @@ def check_settings(cfg, world):
 
 
 def main():
-    cfg = parse_args()
+    cfg = parse_args(Config, "On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433)")
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said whenever a lone process saves
     try:

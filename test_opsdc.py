@@ -382,7 +382,7 @@ def test_data_order_covers_each_epoch_once():
 
 # ----------------------------------------------------------------------------------------------------- settings
 def test_defaults_are_the_papers():
-    cfg = opsdc.parse_args([])
+    cfg = opsdc.parse_args(opsdc.Config, "", [])
     paper = dict(
         model="Qwen/Qwen3-8B", data="YouJiacheng/DAPO-Math-17k-dedup", split="train", instruction="v1",
         divergence="reverse_kl", refresh_every=50, steps=100, batch_size=32, max_prompt_tokens=1024,
@@ -392,7 +392,7 @@ def test_defaults_are_the_papers():
     contract = "model data split out instruction divergence refresh_every steps batch_size micro_batch_size max_prompt_tokens \
         max_response_tokens temperature lr weight_decay grad_clip save_every resume log_rollouts seed"
     assert set(vars(cfg)) == set(contract.split())
-    assert opsdc.parse_args(["--batch-size", "8", "--resume"]) == opsdc.Config(batch_size=8, resume=True)
+    assert opsdc.parse_args(opsdc.Config, "", ["--batch-size", "8", "--resume"]) == opsdc.Config(batch_size=8, resume=True)
 
 
 def test_algorithm_1_is_tagged_line_by_line():
