@@ -45,7 +45,7 @@ class Config:
     model: str = flag("Qwen/Qwen3-8B", "hub name or local folder, such as the step_N/ that opsdc.py writes")
     data: str = flag("math500", "math500, aime24, aime25, gpqa, mmlu, or a file, saved-dataset folder or hub name "
                      "(name:split; split test if not said) with problem and answer; several separated by commas")  # fmt: skip
-    n: int = flag(8, "samples per problem (paper: mean@8)")
+    n: int = flag(8, "samples per problem (paper: mean@8); under torchrun put -- before eval.py, or it takes --n for its own")
     temperature: float = flag(0.6, "sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
     top_p: float = flag(0.95, "nucleus sampling (paper: 0.95); 1 is off")
     top_k: int = flag(20, "top-k sampling (paper: 20); 0 is off")
@@ -277,7 +277,7 @@ def sample_batches(cfg, batches, finished, model, tokenizer, part):
                 "gold": problem.gold, "response": text, "response_tokens": len(ids), "truncated": truncated, **verdicts
             })  # fmt: skip
         with part.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.write("\n" + "".join(json.dumps(record) + "\n" for record in records))  # after a line cut short, too
         tokens += sum(map(len, responses))
         bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s per process")
         bar.update(len(batch))
@@ -285,14 +285,9 @@ def sample_batches(cfg, batches, finished, model, tokenizer, part):
 
 
 def read_samples(out):
-    """{key: record} of all samples on disk; a line cut short by a kill is as if it were not there."""
-    samples = {}
-    for file in sorted(out.glob("samples*.jsonl")):
-        for line in file.read_text(encoding="utf-8").split("\n"):
-            if line.endswith("}"):
-                record = json.loads(line)
-                samples[record["data"], record["problem"], record["sample"]] = record
-    return samples
+    """{key: record} of all samples on disk."""
+    records = [record for file in sorted(out.glob("samples*.jsonl")) for record in opsdc.whole_lines(file)]
+    return {(record["data"], record["problem"], record["sample"]): record for record in records}
 
 
 # ------------------------------------------------------------------------------------------------------- report

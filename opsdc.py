@@ -563,7 +563,7 @@ def json_rows(path):
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -656,12 +656,23 @@ def load_checkpoint(cfg, student, teacher, optimizer):
     if dist.get_rank() == 0:
         for log in (Path(cfg.out, "metrics.jsonl"), Path(cfg.out, "rollouts.jsonl")):
             if log.exists():
-                keep = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-                log.with_suffix(".partial").write_text("".join(line + "\n" for line in keep))
+                keep = [json.dumps(record) + "\n" for record in whole_lines(log) if record["step"] <= step]
+                log.with_suffix(".partial").write_text("".join(keep))
                 log.with_suffix(".partial").replace(log)
     dist.barrier()
     say(f"continuing after step {step}")
     return step
+
+
+def whole_lines(path):
+    """The records of a JSON-lines file that a kill may have cut short."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass
+    return records
 
 
 def last_checkpoint(cfg):

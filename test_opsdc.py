@@ -1,14 +1,19 @@
-"""Tests of opsdc.py on a CPU, without network: python -m pytest -q
+"""Tests of opsdc.py and eval.py on a CPU, without network.
 
-Run under torchrun this file is instead the worker of the two-process tests.
+    python -m pytest -q
+    python test_opsdc.py --bench     # peak memory and time of a training step beside the same step with full logits
+
+Run under torchrun this file is the worker of the two-process tests.
 """
 
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +23,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+import eval as evaluation
 import opsdc
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +84,7 @@ def assert_close(a, b, tolerance):
 
 
 def command(*flags, processes=1, script="opsdc.py"):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
     return [sys.executable, *launcher, str(HERE / script), *map(str, flags)]
 
 
@@ -540,5 +546,207 @@ def test_wrong_input_is_one_line_and_code_2(flags, message, tmp_path, monkeypatc
     assert f"error: {message}" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
+# ------------------------------------------------------------------------------------------------------ eval.py
+def verdicts(final, gold, thinking="x", truncated=False):
+    return evaluation.grade(f"<think>\n{thinking}\n</think>\n\n{final}", gold, truncated)
+
+
+@pytest.mark.parametrize("gold, same, other", (
+    ("\\frac{1}{2}", ("\\frac12", "\\dfrac{1}{2}", "1/2", "0.5", "$\\frac{1}{2}$", "\\(\\frac{1}{2}\\)"), ("2", "\\frac{1}{3}", "")),
+    ("(3, \\frac{\\pi}{2})", ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(\\pi/2, 3)", "3")),
+    ("[2,5)", ("\\left[2,5\\right)",), ("[2,5]", "(2,5)")),
+    ("(-\\infty, 2) \\cup (3, \\infty)", ("(-\\infty,2)\\cup(3,\\infty)",), ("(-\\infty, 3) \\cup (2, \\infty)",)),
+    ("\\{1\\pm\\sqrt{5},-2\\}", ("\\{-2, 1+\\sqrt{5}, 1-\\sqrt{5}\\}",), ("\\{1,-2\\}",)),
+    ("5.4 \\text{ cents}", ("5.4", "5.4 cents"), ("54",)),
+    ("90^\\circ", ("90", "90 degrees", "90^{\\circ}"), ("9",)),
+    ("50\\%", ("50\\%", "50%", "50"), ("5\\%",)),
+    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", ("\\begin{pmatrix} -\\frac{1}{3} \\\\ \\frac{2}{3} \\end{pmatrix}",),
+     ("\\begin{pmatrix} 2/3 \\\\ -1/3 \\end{pmatrix}",)),
+    ("\\text{Evelyn}", ("Evelyn", "evelyn.", "\\text{Evelyn}", "**Evelyn**"), ("Carla", "Eve")),
+    ("5!", ("120", "5!"), ("5",)),
+    ("10,\\!080", ("10080", "10,080"), ("10", "80")),
+    ("x=5", ("5", "x = 5"), ("y", "6")),
+    ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}"), ("A", "Because", "b c")),
+    ("\\text{(C)}", ("C", "(C)"), ("D",)),
+))  # fmt: skip
+def test_grader(gold, same, other):
+    for answer in same:
+        assert verdicts(f"So.\n\nAnswer: {answer}", gold) == {"answer": True, "boxed": False, "dual": True}, answer
+        assert verdicts(f"So \\boxed{{{answer}}}.", gold) == {"answer": False, "boxed": True, "dual": True}, answer
+    for answer in other:
+        wrong = {"answer": False, "boxed": False, "dual": False}
+        assert verdicts(f"Answer: {answer}\n\\boxed{{{answer}}}", gold) == wrong, answer
+
+
+def test_grader_reads_the_final_answer_and_nothing_else():
+    right, wrong = {"answer": True, "boxed": False, "dual": True}, {"answer": False, "boxed": False, "dual": False}
+    assert verdicts("Answer: 3\nNo.\nAnswer: 4", "4") == right  # the last line counts
+    assert verdicts("Answer: 4\nNo.\nAnswer: 3", "4") == wrong
+    assert verdicts("**Answer:**\n\n$$4$$", "4") == verdicts("answer:\n\\[\n4\n\\]", "4") == right
+    assert verdicts("It is 4.", "4", thinking="Answer: 4 \\boxed{4}") == wrong
+    assert verdicts("Answer: 4", "4", truncated=True) == wrong
+    assert evaluation.grade("<think>\nAnswer: 4 \\boxed{4}", "4") == wrong  # still thinking
+    assert evaluation.grade("Answer: 4", "4") == right  # a model that does not think
+    assert evaluation.grade("", "4") == evaluation.grade("Answer:", "4") == evaluation.grade("Answer: ", "") == wrong
+    assert verdicts("\\boxed{1} or \\boxed{\\frac{3}{\\sqrt{4}}}", "\\frac{3}{\\sqrt{4}}")["boxed"]
+    assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
+    assert verdicts("\\boxed{4", "4") == wrong
+
+
+def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
+    monkeypatch.setattr(evaluation, "GRADING_SECONDS", 2)
+    evaluation.worker.__init__()
+    garbage = ["9^{9^{9^{9}}}", "{" * 900, "\\frac" * 180, "\\boxed{" * 50, "((((" * 200, "\x00\ud7ff", "$" * 77, "x^" * 400]
+    began = time.time()
+    for text in garbage:
+        assert not verdicts(f"Answer: {text}\n\\boxed{{{text}}}", "7")["dual"]
+    assert not evaluation.grade("Answer: \\boxed{((" * 7000, "7")["dual"]  # 100 KB
+    assert not evaluation.grade("a1{\\" * 25000, "7")["dual"]
+    assert time.time() - began < 40
+    assert verdicts("Answer: 3+4", "7")["answer"]  # and goes on grading
+
+
+def test_standard_errors_against_numbers_by_hand():
+    assert evaluation.mean_and_se([1.0, 0.5, 0.0, 0.5]) == pytest.approx((0.5, math.sqrt(1 / 6 / 4)))
+    records = [
+        {"problem": p, "gold": "1", "dual": right, "answer": right, "boxed": False, "response_tokens": tokens, "truncated": tokens == 60}
+        for p, outcomes in enumerate((((True, 10), (True, 20)), ((True, 30), (False, 60))))
+        for right, tokens in outcomes
+    ]  # fmt: skip
+    summary = evaluation.summarize(records)
+    # problems' accuracies 1 and 1/2, tokens 15 and 45; taken as four independent samples the error would be 1/4
+    assert (summary["accuracy_dual"], summary["accuracy_dual_se"]) == pytest.approx((0.75, 0.25 * math.sqrt(2) / math.sqrt(2)))
+    assert (summary["response_tokens"], summary["response_tokens_se"]) == pytest.approx((30, 15))
+    assert summary["response_tokens_median"] == 25 and summary["truncated"] == 0.25 and summary["accuracy_boxed"] == 0
+    ours = {"per_problem": {"accuracy": [1.0, 0.5], "response_tokens": [50, 100]}}
+    base = {"per_problem": {"accuracy": [0.5, 0.5], "response_tokens": [100, 300]}}
+    assert evaluation.compare(ours, base) == pytest.approx(  # r = 150 / 400; residuals +-12.5 over a mean of 200
+        {"reduction": 0.625, "reduction_se": 0.0625, "accuracy_change": 0.25, "accuracy_change_se": 0.25}
+    )
+
+
+def test_options_are_lettered_and_shuffled_the_same_way_every_time():
+    row = {"question": "Capital?", "choices": ["Rome", "Paris", "Oslo", "Bern"], "answer": 1, "subject": "geography"}
+    asked, gold = evaluation.with_options(row)
+    assert gold == "B" and "A. Rome\nB. Paris\n" in asked["question"] and asked["subject"] == "geography"
+    letters = set()
+    for i in range(40):
+        wrong = {f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}
+        row = {"Question": f"Question {i}", "Correct Answer": "right", **wrong}
+        asked, gold = evaluation.with_options(row)
+        assert f"{gold}. right" in asked["question"] and (asked, gold) == evaluation.with_options(row)
+        letters.add(gold)
+    assert letters == set("ABCD")
+
+
+EVAL = ("--model", TOY, "--data", HERE / "toy" / "test.jsonl", "--limit", 8, "--n", 2, "--batch_size", 4, "--max_response_tokens", 150)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval") / "one"
+    return out, run(*EVAL, "--out", out, script="eval.py")
+
+
+def test_evaluation_of_the_toy(evaluated):
+    out, printed = evaluated
+    samples, results = lines(out / "samples.jsonl"), json.loads((out / "results.json").read_text())
+    (summary,) = results["results"].values()
+    assert [(s["problem"], s["sample"]) for s in samples] == [(p, i) for p in range(8) for i in range(2)]
+    test = lines(HERE / "toy" / "test.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    for s in samples:
+        assert s["gold"] == test[s["problem"]]["answer"] and s["level"] == test[s["problem"]]["level"]
+        ids = tokenizer.encode(s["response"] + "<|im_end|>" * (not s["truncated"]), add_special_tokens=False)
+        assert s["response_tokens"] == len(ids)
+        assert s["dual"] == (s["response"].split("</think>")[-1].strip("\nAnswer: \\boxed{}") == s["gold"])
+    assert summary["accuracy_dual"] == sum(s["dual"] for s in samples) / 16
+    assert summary["response_tokens"] == sum(s["response_tokens"] for s in samples) / 16
+    assert results["n"] == 2 and results["versions"]["torch"] == torch.__version__
+    assert re.search(r"\| \S+test.jsonl \| 8 x 2 \|", printed) and "| level 1 |" in printed
+
+
+def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_path):
+    whole = (evaluated[0] / "samples.jsonl").read_text()
+    run(*EVAL, "--out", tmp_path / "two", script="eval.py", processes=2)
+    assert (tmp_path / "two" / "samples.jsonl").read_text() == whole
+    process = subprocess.Popen(command(*EVAL, "--out", tmp_path / "killed", script="eval.py"), cwd=HERE, stderr=subprocess.DEVNULL)
+    part = tmp_path / "killed" / "samples.0.jsonl"
+    while not part.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = part.read_text()
+    assert 0 < len(before) < len(whole)
+    part.write_text(before + before[:50])  # and a line cut short
+    run(*EVAL, "--out", tmp_path / "killed", script="eval.py")
+    assert (tmp_path / "killed" / "samples.jsonl").read_text() == whole
+
+
+def test_finished_evaluation_is_not_repeated_and_settings_are_not_mixed(evaluated):
+    out, printed = evaluated
+    whole, stamp = (out / "samples.jsonl").read_text(), printed[printed.index("| data") :]
+    again = run(*EVAL, "--out", out, "--baseline", out / "results.json", script="eval.py")
+    assert "response/s" not in again and (out / "samples.jsonl").read_text() == whole
+    assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again and stamp.splitlines()[2][:40] in again
+    error = run(*EVAL, "--out", out, "--n", 3, "--temperature", 1, script="eval.py", code=2)
+    assert "--n was 2, is 3; --temperature was 0.6, is 1.0" in error and (out / "samples.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("flags, message", (
+    (("--temperature", "0"), "--temperature 0"),
+    (("--top_p", "0"), "--top_p"),
+    (("--data", "missing.jsonl"), "--data missing.jsonl"),
+    (("--data", str(HERE / "toy" / "train.jsonl")), "has no answer"),
+    (("--model", str(HERE)), "the folder has no config.json and no weights and no a tokenizer"),
+    (("--baseline", str(HERE / "toy" / "config.json")), "--baseline"),
+))  # fmt: skip
+def test_wrong_input_to_eval(flags, message, tmp_path):
+    printed = run(*EVAL, "--out", tmp_path / "run", *flags, script="eval.py", code=2)
+    assert message in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- bench
+def bench():
+    """Each variant in a process of its own, three times in turn: a random model of 151,936 words, hidden 256, 2
+    layers, and 4 rollouts of 256 tokens."""
+    print("| step (without the rollout) | peak memory, GB | above the model, GB | seconds |\n| --- | ---: | ---: | ---: |")
+    for variant in ("opsdc.py", "full logits") * 3:
+        done = subprocess.run([sys.executable, __file__, "--bench", variant], capture_output=True, text=True, check=True)
+        print(done.stdout, end="", flush=True)
+
+
+def bench_step(variant):
+    opsdc.start_process_group(0, 1, CPU)
+    size = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    config = Qwen3Config(vocab_size=151_936, intermediate_size=768, tie_word_embeddings=False, **size)
+    student, teacher = opsdc.shard(Qwen3ForCausalLM(config), CPU), opsdc.shard(Qwen3ForCausalLM(config), CPU)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [opsdc.Prompt(*(torch.randint(1000, (p,), generator=draw).tolist() for p in (64, 100))) for _ in range(4)]
+    responses = [torch.randint(1000, (256,), generator=draw).tolist() for _ in range(4)]
+    warm_up = [response[:2] for response in responses]  # gradients and moments exist before the measured step
+    opsdc.accumulate_gradient(student, teacher, prompts, warm_up, opsdc.Config(micro_batch_size=4))
+    optimizer.step()
+    before, began = opsdc.peak_memory_gb(CPU), time.time()
+    if variant == "opsdc.py":
+        opsdc.accumulate_gradient(student, teacher, prompts, responses, opsdc.Config(micro_batch_size=4))
+    else:
+        log_q = student(torch.tensor([p.student + y for p, y in zip(prompts, responses)])).logits[:, 63:-1].log_softmax(-1)
+        with torch.no_grad():
+            log_p = teacher(torch.tensor([p.teacher + y for p, y in zip(prompts, responses)])).logits[:, 99:-1].log_softmax(-1)
+        (log_q.exp() * (log_q - log_p)).sum(-1).mean().backward()
+    optimizer.step()
+    peak = opsdc.peak_memory_gb(CPU)
+    print(f"| {variant} | {peak:.2f} | {peak - before:.2f} | {time.time() - began:.1f} |")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    if sys.argv[1] != "--bench":
+        worker(*sys.argv[1:])
+    elif sys.argv[2:]:
+        bench_step(sys.argv[2])
+    else:
+        bench()
