@@ -20,7 +20,7 @@ Left out because the method needs none of it: answers, rewards, advantages, impo
 length budget, a difficulty estimate, a filter on rollouts (right or wrong, finished or cut off at the cap,
 all are trained on). Left out to stay readable: other inference engines, LoRA, learning-rate schedules.
 
-    python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 3e-4 --refresh_every 25 \
+    python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 1e-4 --refresh_every 25 \
         --max_response_tokens 320 --micro_batch_size 4
     torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B
 
