@@ -1,18 +1,18 @@
-"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
+r"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
 
     python eval.py --model toy --data toy/test.jsonl --batch_size 200
     torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 --out runs/eval/base
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
-        --baseline runs/eval/base/results.json
+        --out runs/eval/opsdc --baseline runs/eval/base/results.json
 
-The prompt is the student's of training; --instruction makes it the teacher's, the prompt-only baseline. Accuracy
-is mean@n: the mean over n samples of each problem, reported under three verdicts, since a grader that reads one
-answer format only mistakes a change of format for a change of accuracy:
+The prompt is the student's of training; --instruction makes it the teacher's, the prompt-only baseline.
+Accuracy is mean@n: the mean over n samples of each problem, reported under three verdicts, since a grader
+that reads one answer format only mistakes a change of format for a change of accuracy:
 
-    answer  the last line "Answer: ..."        boxed  the last \\boxed{...}        dual  either of the two
+    answer  the last line "Answer: ..."        boxed  the last \boxed{...}        dual  either of the two
 
-Multiple choice (gpqa, mmlu) is put as a problem with lettered options and scored by the letter; this wording is
-ours, the paper gives none. A stopped run continues where it was, given the same command.
+Multiple choice (gpqa, mmlu) is put as a problem with lettered options and scored by the letter; this wording
+is ours, the paper gives none. A stopped run continues where it was, given the same command.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ import random
 import re
 import signal
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -45,28 +44,37 @@ class Config:
     model: str = flag("Qwen/Qwen3-8B", "hub name or local folder, such as the step_N/ that opsdc.py writes")
     data: str = flag("math500", "math500, aime24, aime25, gpqa, mmlu, or a file, saved-dataset folder or hub name "
                      "(name:split; split test if not said) with problem and answer; several separated by commas")  # fmt: skip
-    n: int = flag(8, "samples per problem (paper: mean@8); under torchrun put -- before eval.py, or it takes --n for its own")
+    n: int = flag(
+        8,
+        "samples per problem (paper: mean@8); under torchrun put -- before eval.py, or it takes --n for its own",
+    )
     temperature: float = flag(0.6, "sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
     top_p: float = flag(0.95, "nucleus sampling (paper: 0.95); 1 is off")
     top_k: int = flag(20, "top-k sampling (paper: 20); 0 is off")
     max_response_tokens: int = flag(30000, "tokens; a longer response is cut off and wrong (paper: 30000)")
-    batch_size: int = flag(8, "responses generated at a time by each process; part of what the seed determines")
+    batch_size: int = flag(
+        8, "responses generated at a time by each process; part of what the seed determines"
+    )
     limit: int = flag(0, "first problems of each data set only; 0 is all")
-    instruction: str = flag("", "conciseness instruction put into the prompt: v1, v2 or any text; empty is none")
+    instruction: str = flag(
+        "", "conciseness instruction put into the prompt: v1, v2 or any text; empty is none"
+    )
     baseline: str = flag("", "results.json of another run on the same data, to compare with")
-    out: str = flag("", "folder for results.json and samples.jsonl; if empty, runs/eval/ and a name made of the settings")
+    out: str = flag(
+        "", "folder for results.json and samples.jsonl; if empty, runs/eval/ and a name made of the settings"
+    )
     seed: int = flag(0, "seed of sampling")
 
 
-# ------------------------------------------------------------------------------------------------------ grading
+# ---------------------------------------------------------------------------------------------------- grading
 GRADING_SECONDS = 10  # for one comparison
 
 
 def grade(response, gold, truncated=False):
     """Three verdicts on a response: {"answer": bool, "boxed": bool, "dual": bool}.
 
-    Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed, and
-    none takes longer than GRADING_SECONDS per verdict: what cannot be compared by then is wrong.
+    Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed,
+    and none takes longer than GRADING_SECONDS per verdict: what cannot be compared by then is wrong.
     """
     final = response.rpartition("</think>")[2]
     if truncated or "<think>" in final:  # unfinished, or never done thinking
@@ -77,7 +85,8 @@ def grade(response, gold, truncated=False):
 
 
 def last_answer_line(text):
-    """What follows the last "Answer:", on its line or, where that is empty, on the next one; None without any."""
+    """What follows the last "Answer:", on its line or, where that is empty, on the next one; None without
+    any."""
     lines = re.findall(r"answer\s*:[\s*]*((?:\\\[|\$\$)?\s*[^\n]*)", text, re.IGNORECASE)
     return lines[-1] if lines else None
 
@@ -98,7 +107,8 @@ def braced(text, start):
 
 
 def bare(text):
-    r"""An answer without what surrounds it: $...$, \(...\), \boxed{...}, \text{...}, bold stars, a full stop."""
+    r"""An answer without what surrounds it: $...$, \(...\), \boxed{...}, \text{...}, bold stars, a full
+    stop."""
     before = None
     while text != before:
         before = text
@@ -129,8 +139,8 @@ def matches(gold, text):
 
 
 class Worker:
-    """A process that compares expressions. Sympy can be lost in an expression such as 9^{9^{9^9}} where no signal
-    reaches it; a process can be killed."""
+    """A process that compares expressions. Sympy can be lost in an expression such as 9^{9^{9^9}} where no
+    signal reaches it; a process can be killed."""
 
     process = None
 
@@ -181,7 +191,7 @@ def compare_forever(pipe):
         pipe.send(bool(verify(*parsed, timeout_seconds=GRADING_SECONDS)))
 
 
-# ----------------------------------------------------------------------------------------------------- problems
+# --------------------------------------------------------------------------------------------------- problems
 BENCHMARKS = {  # hub name, configuration, split
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
@@ -244,9 +254,10 @@ def with_options(row):
     return {**row, "question": question}, letters[int(row["answer"])]
 
 
-# ----------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 def make_batches(cfg, problems):
-    """All responses to be made, as lists of (problem, number of the sample), prompts of similar length together.
+    """All responses to be made, as lists of (problem, number of the sample), prompts of similar length
+    together.
 
     Batches, and the seed of each, do not depend on the number of processes: neither do the results.
     """
@@ -261,7 +272,11 @@ def key_of(problem, i):
 
 def sample_batches(cfg, batches, finished, model, tokenizer, part):
     """Generate, grade and append to the file `part`, each batch in one write."""
-    todo = [(b, batch) for b, batch in enumerate(batches) if not all(key_of(*wanted) in finished for wanted in batch)]
+    todo = [
+        (b, batch)
+        for b, batch in enumerate(batches)
+        if not all(key_of(*wanted) in finished for wanted in batch)
+    ]
     mine = todo[dist.get_rank() :: dist.get_world_size()]
     bar = tqdm(total=sum(len(batch) for _, batch in mine), unit="response", disable=dist.get_rank() > 0)
     began, tokens = time.time(), 0
@@ -277,7 +292,9 @@ def sample_batches(cfg, batches, finished, model, tokenizer, part):
                 "gold": problem.gold, "response": text, "response_tokens": len(ids), "truncated": truncated, **verdicts
             })  # fmt: skip
         with part.open("a", encoding="utf-8") as file:
-            file.write("\n" + "".join(json.dumps(record) + "\n" for record in records))  # after a line cut short, too
+            file.write(
+                "\n" + "".join(json.dumps(record) + "\n" for record in records)
+            )  # after a line cut short, too
         tokens += sum(map(len, responses))
         bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s per process")
         bar.update(len(batch))
@@ -290,9 +307,10 @@ def read_samples(out):
     return {(record["data"], record["problem"], record["sample"]): record for record in records}
 
 
-# ------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 def mean_and_se(by_problem):
-    """Mean and standard error of per-problem means: samples of one problem are not independent, problems are."""
+    """Mean and standard error of per-problem means: samples of one problem are not independent, problems
+    are."""
     count = len(by_problem)
     return statistics.fmean(by_problem), statistics.stdev(by_problem) / count**0.5 if count > 1 else None
 
@@ -327,16 +345,25 @@ def summarize(records):
 
 
 def compare(ours, baseline):
-    """Token reduction and accuracy change against another run on the same problems, paired, with standard errors.
+    """Token reduction and accuracy change against another run on the same problems, paired, with standard
+    errors.
 
-    reduction = 1 - r with r a ratio of means; its error by linearization: that of the mean of ours - r * theirs.
+    reduction = 1 - r with r a ratio of means; its error by linearization: that of the mean of ours - r *
+    theirs.
     """
     mine, theirs = ours["per_problem"], baseline["per_problem"]
     mean = statistics.fmean(theirs["response_tokens"])
     r = statistics.fmean(mine["response_tokens"]) / mean
-    _, reduction_se = mean_and_se([(a - r * b) / mean for a, b in zip(mine["response_tokens"], theirs["response_tokens"])])
+    _, reduction_se = mean_and_se(
+        [(a - r * b) / mean for a, b in zip(mine["response_tokens"], theirs["response_tokens"])]
+    )
     change, change_se = mean_and_se([a - b for a, b in zip(mine["accuracy"], theirs["accuracy"])])
-    return {"reduction": 1 - r, "reduction_se": reduction_se, "accuracy_change": change, "accuracy_change_se": change_se}
+    return {
+        "reduction": 1 - r,
+        "reduction_se": reduction_se,
+        "accuracy_change": change,
+        "accuracy_change_se": change_se,
+    }
 
 
 def report(cfg, samples, baseline):
@@ -367,15 +394,30 @@ def table(results):
     for name, result in results.items():
         rows.append((name, result))
         for group, summaries in result["by"].items():
-            rows += [(f"{group} {value}", summary) for value, summary in summaries.items() if len(summaries) <= 10]
+            rows += [
+                (f"{group} {value}", summary) for value, summary in summaries.items() if len(summaries) <= 10
+            ]
     compared = "versus_baseline" in rows[0][1]
-    heads = ["data", "problems x samples", "accuracy %", "`Answer:` only", "boxed only", "response tokens", "median", "truncated %"]
+    heads = [
+        "data",
+        "problems x samples",
+        "accuracy %",
+        "`Answer:` only",
+        "boxed only",
+        "response tokens",
+        "median",
+        "truncated %",
+    ]
     heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for name, x in rows:
         cells = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
         cells += [plus_minus(x, f"accuracy_{kind}", 100) for kind in ("dual", "answer", "boxed")]
-        cells += [plus_minus(x, "response_tokens", 1), f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
+        cells += [
+            plus_minus(x, "response_tokens", 1),
+            f"{x['response_tokens_median']:.0f}",
+            f"{100 * x['truncated']:.1f}",
+        ]
         if compared:
             cells += [interval(x["versus_baseline"], key) for key in ("reduction", "accuracy_change")]
         lines.append(cells)
@@ -392,7 +434,7 @@ def interval(comparison, key):
     return f"{value:.1f}" + (f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else "")
 
 
-# ----------------------------------------------------------------------------------------- the run, its settings
+# -------------------------------------------------------------------------------------- the run, its settings
 def evaluate(cfg):
     rank, world, device = opsdc.processes()
     check_settings(cfg)
@@ -413,21 +455,28 @@ def evaluate(cfg):
     batches, finished = make_batches(cfg, problems), read_samples(out)
     if len(finished) < len(problems) * cfg.n:
         dtype = opsdc.compute_dtype(device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype, use_safetensors=True).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        ).to(device)
         sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
         opsdc.set_sampling(
-            model, tokenizer, max_new_tokens=cap, **(sampling if cfg.temperature else {"do_sample": False, "top_p": None})
+            model,
+            tokenizer,
+            max_new_tokens=cap,
+            **(sampling if cfg.temperature else {"do_sample": False, "top_p": None}),
         )
         sample_batches(cfg, batches, finished, model, tokenizer, out / f"samples.{rank}.jsonl")
     dist.barrier()
     if rank == 0:
         samples = dict(sorted(read_samples(out).items()))
-        (out / "samples.partial").write_text("".join(json.dumps(record) + "\n" for record in samples.values()), "utf-8")
-        (out / "samples.partial").replace(out / "samples.jsonl")
+        opsdc.replace_file(
+            out / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in samples.values())
+        )
         for part in out.glob("samples.*.jsonl"):
             part.unlink()
         results = report(cfg, samples, baseline)
-        (out / "results.json").write_text(json.dumps(settings | {"response_cap": cap, "results": results}, indent=2) + "\n")
+        settings |= {"response_cap": cap, "results": results}
+        opsdc.replace_file(out / "results.json", json.dumps(settings, indent=2) + "\n")
         print(table(results))
         print(f"\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
     dist.destroy_process_group()
@@ -444,7 +493,9 @@ def open_run(cfg, out):
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
-        changed = [f"--{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = [
+            f"--{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v
+        ]
         if changed:
             fail(f"--out {out} holds samples of other settings ({'; '.join(changed)}): choose another folder")
     return opsdc.write_config(out, settings)
@@ -488,7 +539,9 @@ def main():
     try:
         evaluate(cfg)
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({opsdc.first_line(error)}): lower --batch_size; the same command continues", code=1)
+        fail(f"out of GPU memory ({opsdc.first_line(error)}): lower --batch_size", code=1)
+    except OSError as error:
+        fail(f"{error}; once that is mended, the same command continues", code=1)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -70,50 +71,55 @@ class Config:
     """Every setting, its default and its meaning; the command line is made from this."""
 
     # from the paper (Section 4 and Appendix)
-    model: str = flag("Qwen/Qwen3-8B", "hub name or local folder of the model to compress (paper: Qwen3-8B, -14B)")
-    data: str = flag("YouJiacheng/DAPO-Math-17k-dedup", "hub name, .jsonl/.json/.parquet/.csv file or saved-dataset "
-                     "folder with a column prompt, problem or question (paper: DAPO-Math-17k, deduplicated)")  # fmt: skip
+    model: str = flag("Qwen/Qwen3-8B", "hub name or local folder of the model (paper: Qwen3-8B, -14B)")
+    data: str = flag(
+        "YouJiacheng/DAPO-Math-17k-dedup",
+        "hub name, .jsonl/.json/.parquet/.csv file or saved-dataset folder with a column prompt, problem or "
+        "question (paper: DAPO-Math-17k, deduplicated)",
+    )
     split: str = flag("train", "split of --data")
     instruction: str = flag("v1", "conciseness instruction c: v1, v2 (paper's prompts) or any text")
     divergence: str = flag("reverse_kl", "reverse_kl (paper, Eq. 1), forward_kl or jsd (paper's ablations)")
     refresh_every: int = flag(50, "M, steps between teacher refreshes (paper: 50); 0 keeps the first teacher")
     steps: int = flag(100, "optimizer steps (paper: results at step 99 to 100)")
     batch_size: int = flag(32, "B, prompts per step over all processes (paper: 32)")
-    max_prompt_tokens: int = flag(1024, "tokens; rows with a longer prompt are skipped, never cut (paper: 1024)")
-    max_response_tokens: int = flag(8192, "tokens; rollouts are cut off here and trained on all the same (paper: 8192)")
+    max_prompt_tokens: int = flag(1024, "tokens; rows with a longer one are skipped, not cut (paper: 1024)")
+    max_response_tokens: int = flag(8192, "tokens; a rollout cut off here is trained on too (paper: 8192)")
     temperature: float = flag(1.0, "of sampling and scoring alike (paper: 1.0, with neither top-p nor top-k)")
     lr: float = flag(1e-6, "AdamW learning rate, constant (paper: 1e-6)")
     weight_decay: float = flag(0.01, "AdamW weight decay (paper: 0.01)")
     grad_clip: float = flag(1.0, "largest gradient norm (paper: 1.0)")
     # ours
-    micro_batch_size: int = flag(1, "sequences per forward pass per process; changes memory and speed, not results")
+    micro_batch_size: int = flag(1, "sequences per forward pass per process: memory and speed, not results")
     out: str = flag("runs/opsdc", "folder for metrics, rollouts, checkpoint and the trained model")
     save_every: int = flag(50, "steps between checkpoints and exports; the last step is always saved")
-    resume: bool = flag(False, "continue the run in --out from its last checkpoint (from the start if it has none)")
+    resume: bool = flag(False, "continue the run in --out after its last checkpoint, if it has one")
     log_rollouts: int = flag(1, "rollouts of each step written to rollouts.jsonl, with the KL of every token")
     seed: int = flag(0, "seed of the data order and of sampling")
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
 INSTRUCTIONS = {  # c, as the paper words it
-    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, "
-    "redundant steps, or restating the problem. Focus only on the key reasoning steps needed to reach the answer.",
+    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
+    "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps needed to "
+    "reach the answer.",
     "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final answer above "
-    "brevity. For straightforward problems, be direct: avoid unnecessary elaboration, redundant steps, or restating "
-    "the problem. For difficult or multi-step problems, do NOT over-compress: keep every reasoning step needed for "
-    "correctness, including case analysis, edge cases, and a brief check of the final answer. Never omit a step that "
-    "the answer depends on.",
+    "brevity. For straightforward problems, be direct: avoid unnecessary elaboration, redundant steps, or "
+    "restating the problem. For difficult or multi-step problems, do NOT over-compress: keep every reasoning "
+    "step needed for correctness, including case analysis, edge cases, and a brief check of the final answer. "
+    "Never omit a step that the answer depends on.",
 }
 STEP_BY_STEP = "Solve the following math problem step by step."
 MATH_PROMPT = (
-    STEP_BY_STEP + " The last line of your response should be of the form Answer: $Answer (without quotes) where "
-    '$Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
+    STEP_BY_STEP + " The last line of your response should be of the form Answer: $Answer (without quotes) "
+    "where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 
 
 def student_messages(row):
-    """x: the chat messages of a data row. A `prompt` (messages or text) is taken as it stands; a bare `problem`
-    or `question` is put into the paper's form."""
+    """x: the chat messages of a data row. A `prompt` (messages or text) is taken as it stands; a bare
+    `problem` or `question` is put into the paper's form."""
     column = next((name for name in ("prompt", "problem", "question") if name in row), None)
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
@@ -133,8 +139,8 @@ def student_messages(row):
 
 
 def teacher_messages(messages, instruction):
-    """(x, c): the same messages, the instruction in place of the sentence that opens the paper's form, or, where
-    the last message does not open with it, on top of that message. Nothing else differs."""
+    """(x, c): the same messages, the instruction in place of the sentence that opens the paper's form, or,
+    where the last message does not open with it, on top of that message. Nothing else differs."""
     text = messages[-1]["content"]
     if text.startswith(STEP_BY_STEP):
         text = instruction + text[len(STEP_BY_STEP) :]
@@ -144,8 +150,8 @@ def teacher_messages(messages, instruction):
 
 
 def prompt_ids(tokenizer, messages):
-    """Chat messages -> token ids [P], thinking on where the template knows the switch; the same template for both
-    roles."""
+    """Chat messages -> token ids [P], thinking on where the template knows the switch; the same template for
+    both roles."""
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, enable_thinking=True, tokenize=True, return_dict=False
     )
@@ -184,20 +190,27 @@ def dot(a, b):
 class DivergenceLoss(torch.autograd.Function):
     """sum_n weight_n * divergence_n from hidden states, never holding logits for all tokens at once.
 
-    At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, and softmax, its gradient and
-    the teacher's copy multiply that. Here the LM head is applied to a chunk of tokens, whose gradient is taken on
-    the spot and carried back to hidden states and head: nothing is kept, nothing is computed twice, and four
-    matmuls per chunk is the floor.
+    At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, and softmax, its gradient
+    and the teacher's copy multiply that. Here the LM head is applied to a chunk of tokens, whose gradient is
+    taken on the spot and carried back to hidden states and head: nothing is kept, nothing is computed twice,
+    and four matmuls per chunk is the floor.
     """
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, kind, temperature, chunk):
+    def forward(
+        ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, kind, temperature, chunk
+    ):
         # student_hidden, teacher_hidden [N, H]; student_head, teacher_head [V, H]; weight [N]
         grad_hidden = torch.empty_like(student_hidden)
-        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # bf16 sums over chunks would lose bits
+        grad_head = torch.zeros_like(
+            student_head, dtype=torch.float32
+        )  # bf16 sums over chunks would lose bits
         losses, entropies = [], []
         for student_h, teacher_h, w, grad_h in zip(
-            student_hidden.split(chunk), teacher_hidden.split(chunk), weight.split(chunk), grad_hidden.split(chunk)
+            student_hidden.split(chunk),
+            teacher_hidden.split(chunk),
+            weight.split(chunk),
+            grad_hidden.split(chunk),
         ):
             student_logits = (student_h @ student_head.T).float() / temperature  # [chunk, V]
             teacher_logits = (teacher_h @ teacher_head.T).float() / temperature
@@ -222,7 +235,8 @@ CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with half
 
 
 def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
-    """Eq. 1 on B sequences -> loss (the mean of L_i, nats per token, with gradient), B x kl [T], B x entropy [T].
+    """Eq. 1 on B sequences -> loss (the mean of L_i, nats per token, with gradient), B x kl [T], B x entropy
+    [T].
 
     prompts: B pairs of token ids, the student's and the teacher's; responses: B lists of token ids.
     """
@@ -230,7 +244,9 @@ def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
     with torch.no_grad():
         teacher_hidden, teacher_head = response_states(teacher, [xc for _, xc in prompts], responses)  # [6]
     lengths = [len(response) for response in responses]
-    weight = torch.cat([torch.full((T,), 1 / (T * len(lengths))) for T in lengths]).to(student_hidden.device)  # [8]
+    weight = torch.cat([torch.full((T,), 1 / (T * len(lengths))) for T in lengths]).to(
+        student_hidden.device
+    )  # [8]
     chunk = max(1, CHUNK_LOGITS // student_head.shape[0])  # tokens
     loss, kl, entropy = DivergenceLoss.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, weight, kind, temperature, chunk
@@ -239,11 +255,12 @@ def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
 
 
 def response_states(model, prompts, responses):
-    """The last hidden states from which each response token is predicted, end to end -> [N, H], LM head [V, H].
+    """The last hidden states from which each response token is predicted, end to end -> [N, H], LM head [V,
+    H].
 
-    Prompt and response are padded on the right, where causal attention never looks, so no mask is needed. The two
-    roles' prompts differ in length: positions are picked per sequence, and token t of a response is predicted from
-    the position before it.
+    Prompt and response are padded on the right, where causal attention never looks, so no mask is needed. The
+    two roles' prompts differ in length: positions are picked per sequence, and token t of a response is
+    predicted from the position before it.
     """
     sequences = [prompt + response for prompt, response in zip(prompts, responses)]
     ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)  # [B, S]
@@ -256,10 +273,12 @@ def response_states(model, prompts, responses):
 
 # ---------------------------------------------------------------------------------------------------- rollout
 def rollout(model, prompts):
-    """One response per prompt with plain `generate`, as `model.generation_config` says -> B lists of token ids.
+    """One response per prompt with plain `generate`, as `model.generation_config` says -> B lists of token
+    ids.
 
-    A response ends with its EOS, which is scored like any token (when to stop is what is being learnt), or at the
-    cap without one. The sampled ids are kept as they are: text turned into ids again need not give them back.
+    A response ends with its EOS, which is scored like any token (when to stop is what is being learnt), or at
+    the cap without one. The sampled ids are kept as they are: text turned into ids again need not give them
+    back.
     """
     sampling = model.generation_config
     model.eval()
@@ -282,9 +301,9 @@ def cut_at_eos(ids, eos_token_ids):
 
 
 def set_sampling(model, tokenizer, **settings):
-    """Make `settings` all there is to sampling. What generate() is not told it takes from the checkpoint (Qwen3's
-    says temperature 0.6, top-p 0.95, top-k 20) and then from the library (top-k 50), so the model's own generation
-    config is replaced, top-k 0 and top-p 1 stated. Stop tokens stay the model's, as a list."""
+    """Make `settings` all there is to sampling. What generate() is not told it takes from the checkpoint
+    (Qwen3's says temperature 0.6, top-p 0.95, top-k 20) and then from the library (top-k 50), so the model's
+    own generation config is replaced, top-k 0 and top-p 1 stated. Stop tokens stay the model's, as a list."""
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     eos = eos if isinstance(eos, list) else [eos]
@@ -295,8 +314,8 @@ def set_sampling(model, tokenizer, **settings):
 
 @contextmanager
 def gathered(model):
-    """All weights on every process for a while: otherwise each generated token would all-gather the whole model,
-    and processes could not finish at different times. Only within: the optimizer works on shards."""
+    """All weights on every process for a while: otherwise each generated token would all-gather the whole
+    model, and processes could not finish at different times. Only within: the optimizer works on shards."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -311,15 +330,17 @@ def gathered(model):
 def accumulate_gradient(student, teacher, batch, responses, cfg):
     """Backward through this process's share of the batch -> for each response, in order: kl [T], entropy [T].
 
-    FSDP averages gradients over processes; with equal shares that is the batch mean exactly, however it is split.
+    FSDP averages gradients over processes; with equal shares that is the batch mean exactly, however it is
+    split.
     """
     student.train()  # the mode in which gradient checkpointing acts
     kl, entropy = {}, {}
     by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # neighbours need little padding
     for at in range(0, len(batch), cfg.micro_batch_size):
         some = by_length[at : at + cfg.micro_batch_size]
+        prompts, written = [batch[i] for i in some], [responses[i] for i in some]
         loss, some_kl, some_entropy = opsdc_loss(
-            student, teacher, [batch[i] for i in some], [responses[i] for i in some], cfg.divergence, cfg.temperature
+            student, teacher, prompts, written, cfg.divergence, cfg.temperature
         )
         (loss * len(some) / len(batch)).backward()
         kl.update(zip(some, some_kl))
@@ -337,7 +358,7 @@ def train(cfg):
         open_run(cfg)
     start_process_group(rank, world, device)
 
-    student = shard(load_model(cfg.model, "auto"), device).float()  # fp32 to train: bf16 is too coarse for lr 1e-6
+    student = shard(load_model(cfg.model, "auto"), device).float()  # bf16 is too coarse for steps of 1e-6
     teacher = shard(load_model(cfg.model, compute_dtype(device)), device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())  # [1]
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -377,31 +398,33 @@ def train(cfg):
         )  # fmt: skip
         (peak_memory,) = over_processes(dist.ReduceOp.MAX, peak_memory_gb(device))
         seconds = time.time() - began
-        log_step(cfg, tokenizer, batch, responses, kl, done, time.time() - run_began, {
+        metrics = {
             "step": step, "loss": loss / cfg.batch_size, "response_tokens": tokens / cfg.batch_size,
             "truncated": truncated / cfg.batch_size, "entropy": entropy / tokens, "grad_norm": grad_norm,
             "lr": cfg.lr, "refreshed": refreshed, "skipped": not good, "seconds": seconds,
             "seconds_rollout": seconds_rollout, "seconds_train": seconds - seconds_rollout,
             "tokens_per_second": tokens / seconds, "peak_memory_gb": peak_memory,
-        })  # fmt: skip
-        if bad_steps_in_a_row == 3:
-            fail(f"loss or gradient not finite for 3 steps, up to step {step}: lower --lr. {last_save(cfg)}", code=1)
-
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            export_model(cfg, step, student, tokenizer, checkpoint_sampling)
-        if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            save_checkpoint(cfg, step, student, teacher, optimizer)
+        }  # fmt: skip
+        with writing(cfg):
+            log_step(cfg, tokenizer, batch, responses, kl, done, time.time() - run_began, metrics)
+            if bad_steps_in_a_row == 3:
+                fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr. {last_save(cfg)}", 1)
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                export_model(cfg, step, student, tokenizer, checkpoint_sampling)
+            if step % cfg.save_every == 0 or step == cfg.steps or stop:
+                save_checkpoint(cfg, step, student, teacher, optimizer)
         if stop and step < cfg.steps:
             say(f"stopped by SIGTERM after step {step}. {last_save(cfg)}")
             break
     dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------- plumbing: skip what follows on first reading
-# ------------------------------------------------------------------------------------------ processes, devices
+# --------------------------------------------------------------- plumbing: skip what follows on first reading
+# ----------------------------------------------------------------------------------------- processes, devices
 def processes():
     """(rank, world size, device) as torchrun tells them; without it, one process."""
-    rank, world, local = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
     return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -413,7 +436,7 @@ def start_process_group(rank, world, device):
         store=None if "WORLD_SIZE" in os.environ else dist.HashStore(),
         rank=rank,
         world_size=world,
-        timeout=timedelta(hours=2),  # processes wait for the longest rollout; torchrun ends them all if one fails
+        timeout=timedelta(hours=24),  # they wait for the longest rollout; torchrun ends all when one fails
     )
 
 
@@ -430,10 +453,11 @@ def compute_dtype(device):
 
 
 def peak_memory_gb(device):
-    """GPU: most memory allocated since the start; CPU: the process's largest resident size (1 GB = 10^9 bytes)."""
+    """In 10^9 bytes: the most a GPU had allocated, or the largest resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def say(message):
@@ -442,26 +466,27 @@ def say(message):
 
 
 def fail(message, code=2):
-    """End this process with one line (under torchrun, one per machine) and an exit code: 2 is wrong input."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    """End this process with one line and an exit code: 2 for wrong input, which the processes of a machine
+    all see alike and one of them reports, 1 for what went wrong on the way."""
+    if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------ models
+# ----------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
-    """-> tokenizer, context length in tokens. All that can be wrong with --model is found here, before any weights
-    are loaded."""
+    """-> tokenizer, context length in tokens. All that can be wrong with --model is found here, before any
+    weights are loaded."""
     if Path(name).is_dir():
-        needed = {"config.json": "config.json", "weights": "*.safetensors", "a tokenizer": "tokenizer*"}
+        needed = {"config.json": "config.json", "weights": "*.safetensors", "tokenizer": "tokenizer*"}
         missing = [what for what, pattern in needed.items() if not any(Path(name).glob(pattern))]
         if missing:
             fail(f"--model {name}: the folder has no {' and no '.join(missing)}")
     try:
-        config = AutoConfig.from_pretrained(name).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        fail(f"--model {name}: neither a local model folder nor a model on the hub within reach ({first_line(error)})")
+        fail(f"--model {name}: {first_line(error)} (is the hub within reach? a local folder needs none)")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, and the method needs a chat model")
     if len(tokenizer) > config.vocab_size:
@@ -470,18 +495,21 @@ def load_tokenizer(name):
 
 
 def load_model(name, dtype):
-    """An ordinary transformers model in host memory, in evaluation mode; dtype "auto" is the checkpoint's own."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    """An ordinary transformers model in host memory, not in training mode; "auto" is its own dtype."""
+    safe = dict(use_safetensors=True, trust_remote_code=False)  # neither pickles nor code from the hub
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe)
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scaled = [knob for knob in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, knob, 0)]
-    if scaled or head.bias is not None or not hasattr(model.base_model, "layers"):
-        fail(f"--model {name}: only decoders with .layers and a plain LM head (no bias, softcap or scale) are supported")
+    knobs = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if head.bias is not None or any(getattr(config, knob, None) for knob in knobs):
+        fail(f"--model {name}: its LM head has a bias, scale or softcap, which the loss here does not know")
+    if not hasattr(model.base_model, "layers"):
+        fail(f"--model {name}: {type(model).__name__} keeps its decoder layers elsewhere than in .layers")
     return model
 
 
 def shard(model, device):
-    """FSDP2: split each decoder layer, then the rest, over all processes and move them to `device`, one at a time.
-    Compute in bf16 on GPUs, reduce gradients in fp32; parameters keep their dtype."""
+    """FSDP2: split each decoder layer, then the rest, over all processes and move them to `device`, one at a
+    time. Compute in bf16 on GPUs, reduce gradients in fp32; parameters keep their dtype."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in [*model.base_model.layers, model]:
@@ -494,11 +522,12 @@ def shard(model, device):
 
 
 def hidden_and_head(model, ids):
-    """A forward pass that stops before the LM head: ids [B, S] -> last hidden states [B, S, H], head [V, H]."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+    """A forward pass that stops before the LM head: ids [B, S] -> hidden states [B, S, H], head [V, H]."""
+    output = model.base_model(input_ids=ids, use_cache=False)
+    return output.last_hidden_state, model.get_output_embeddings().weight
 
 
-# -------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 class Prompt(NamedTuple):
     student: list  # token ids [P]
     teacher: list  # token ids [P], with the instruction
@@ -523,19 +552,20 @@ def load_prompts(cfg, tokenizer, context):
         if max(map(len, prompt)) <= cfg.max_prompt_tokens:
             prompts.append(prompt)
     if not prompts:
-        fail(f"--data {cfg.data}: none of its {len(rows)} prompts fits --max_prompt_tokens {cfg.max_prompt_tokens}")
+        fail(f"--data {cfg.data}: no prompt of {len(rows)} fits --max_prompt_tokens {cfg.max_prompt_tokens}")
     longest = max(len(ids) for prompt in prompts for ids in prompt)
     if longest + cfg.max_response_tokens > context:
         fail(
-            f"--max_response_tokens {cfg.max_response_tokens} and a prompt of {longest} tokens exceed the model's "
-            f"context of {context}: at most {context - longest}"
+            f"--max_response_tokens {cfg.max_response_tokens} after a prompt of {longest} tokens exceeds the "
+            f"model's context of {context}: at most {context - longest}"
         )
-    say(f"{len(prompts)} prompts from {cfg.data}, {len(rows) - len(prompts)} skipped as over {cfg.max_prompt_tokens} tokens")
+    skipped = len(rows) - len(prompts)
+    say(f"{len(prompts)} prompts from {cfg.data}, {skipped} skipped as over {cfg.max_prompt_tokens} tokens")
     return prompts
 
 
 def load_rows(data, split, configuration=None):
-    """The rows of --data, as dicts: a JSON, JSON-lines, parquet or csv file, a saved-dataset folder, or a hub name."""
+    """The rows of a JSON, JSON-lines, parquet or csv file, a saved-dataset folder or a hub name, as dicts."""
     path = Path(data)
     kind = path.suffix.lower().lstrip(".")
     try:
@@ -551,7 +581,8 @@ def load_rows(data, split, configuration=None):
         else:
             rows = datasets.load_dataset(data, configuration, split=split)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{first_line(error)} (the hub may be out of reach; a local file or folder needs none)") from error
+        hint = "" if path.suffix else " (is the hub within reach? a local file or folder needs none)"
+        raise ValueError(first_line(error) + hint) from error
     if len(rows) == 0:
         raise ValueError("no rows")
     return rows
@@ -560,14 +591,15 @@ def load_rows(data, split, configuration=None):
 def json_rows(path):
     """One array, or one object a line."""
     text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, part in enumerate([text] if text.lstrip().startswith("[") else text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            value = json.loads(part) if part.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not valid JSON ({error})") from error
+            raise ValueError(f"line {number + error.lineno - 1} is not valid JSON ({error.msg})") from error
+        rows += value if isinstance(value, list) else [value]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is not a JSON object with named columns")
     return rows
 
 
@@ -589,18 +621,22 @@ def epoch_order(n, epoch, seed):
     return order
 
 
-# -------------------------------------------------------------------------------- checkpoint, resume, export
+# --------------------------------------------------------------------------------- checkpoint, resume, export
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
+
+
 def open_run(cfg):
     """Claim --out and write config.json; on the first process only."""
     out = Path(cfg.out)
     config = asdict(cfg)
-    if (out / "metrics.jsonl").exists():
+    if any((out / log).exists() for log in LOGS):
         if not cfg.resume:
             fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
         before = json.loads((out / "config.json").read_text())
         # steps may grow; the others decide where and how, not what
         free = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
-        changed = [f"--{k} was {before.get(k)}, is {v}" for k, v in config.items() if k not in free and before.get(k) != v]
+        differ = {k for k in config if k not in free and before.get(k) != config[k]}
+        changed = [f"--{k} was {before.get(k)}, is {config[k]}" for k in config if k in differ]
         if changed:
             fail(f"--resume: settings differ from those of the run in {out}: {'; '.join(changed)}")
     write_config(out, config)
@@ -608,22 +644,24 @@ def open_run(cfg):
 
 def write_config(out, config):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    config = config | {"versions": {"python": platform.python_version()} | versions, "command": shlex.join(sys.argv)}
+    versions["python"] = platform.python_version()
+    config = config | {"versions": versions, "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
     return config
 
 
 def training_state(student, teacher, optimizer):
-    """Every tensor that the next step depends on, by name. The rest is a function of (seed, step, process)."""
+    """Every tensor the next step depends on, by name; the rest is a function of seed, step and process."""
     state = {f"student.{name}": p for name, p in student.named_parameters()}
     state |= {f"teacher.{name}": p for name, p in teacher.named_parameters()}
     for name, p in student.named_parameters():
         if not optimizer.state[p]:  # before the first step: what AdamW would make
-            optimizer.state[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] |= {"step": torch.tensor(0.0), **moments}
         state |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[p].items()}
     return state
 
@@ -632,7 +670,7 @@ def save_checkpoint(cfg, step, student, teacher, optimizer):
     folder = Path(cfg.out, "checkpoint")
     with whole_folder(folder / f"step_{step}") as path:
         state = training_state(student, teacher, optimizer)
-        files = {name: 1 + i // 64 for i, name in enumerate(state)}  # each file is buffered whole in host memory
+        files = {name: 1 + i // 64 for i, name in enumerate(state)}  # host memory holds one file at a time
         writer = HuggingFaceStorageWriter(str(path), files, save_distributed=True)  # safetensors: no pickle
         dcp.save(state, storage_writer=writer, no_dist=alone())
     if dist.get_rank() == 0:
@@ -642,26 +680,32 @@ def save_checkpoint(cfg, step, student, teacher, optimizer):
 
 
 def alone():
-    """Whether to spare the checkpoint its collectives: after a gloo gather the CPU threads of a lone process run at
-    half speed (measured with torch 2.13)."""
+    """Whether to spare the checkpoint its collectives: after a gloo gather the CPU threads of a lone process
+    run at half speed (measured with torch 2.13)."""
     return dist.get_world_size() == 1
 
 
 def load_checkpoint(cfg, student, teacher, optimizer):
-    """Fill all three from the last checkpoint and drop what was logged after it -> its step, 0 without one."""
+    """Fill all three from the last checkpoint, drop what was logged after it -> its step, 0 without one."""
     step = last_checkpoint(cfg)
     if step:
         reader = HuggingFaceStorageReader(str(Path(cfg.out, "checkpoint", f"step_{step}")))
         dcp.load(training_state(student, teacher, optimizer), storage_reader=reader, no_dist=alone())
     if dist.get_rank() == 0:
-        for log in (Path(cfg.out, "metrics.jsonl"), Path(cfg.out, "rollouts.jsonl")):
+        for log in (Path(cfg.out, log) for log in LOGS):
             if log.exists():
                 keep = [json.dumps(record) + "\n" for record in whole_lines(log) if record["step"] <= step]
-                log.with_suffix(".partial").write_text("".join(keep))
-                log.with_suffix(".partial").replace(log)
+                replace_file(log, "".join(keep))
     dist.barrier()
     say(f"continuing after step {step}")
     return step
+
+
+def replace_file(path, text):
+    """Write a file so that a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def whole_lines(path):
@@ -681,27 +725,43 @@ def last_checkpoint(cfg):
 
 
 def last_save(cfg):
-    return f"The last checkpoint is of step {last_checkpoint(cfg)}; continue with: {shlex.join(sys.argv)} --resume"
+    command = shlex.join([argument for argument in sys.argv if argument != "--resume"])
+    return f"The last checkpoint is of step {last_checkpoint(cfg)}; continue with: {command} --resume"
+
+
+@contextmanager
+def writing(cfg):
+    """Say plainly that --out could not be written to; the last checkpoint is left as it was."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        fail(f"--out {cfg.out} could not be written: {first_line(error)}. {last_save(cfg)}", code=1)
 
 
 @contextmanager
 def whole_folder(path):
-    """A folder to be filled by all processes, that takes its name only when complete: a kill leaves no half of it."""
+    """A folder for all processes to fill, which takes its name once complete: a kill leaves no half of it."""
     partial = path.with_name(path.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    yield partial
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+    try:
+        yield partial
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # what could not be completed only takes up space
     dist.barrier()
 
 
 def export_model(cfg, step, student, tokenizer, generation_config):
-    """step_N/: an ordinary Hugging Face folder in bf16. Weights are gathered one at a time, kept by one process."""
+    """step_N/: an ordinary Hugging Face folder in bf16, gathered tensor by tensor and written by one process."""
     weights = {}
     for name, p in student.state_dict().items():
         full = p.to(torch.bfloat16).full_tensor()
@@ -718,7 +778,7 @@ def export_model(cfg, step, student, tokenizer, generation_config):
             tokenizer.save_pretrained(path)
 
 
-# ----------------------------------------------------------------------------------------------------- logging
+# ---------------------------------------------------------------------------------------------------- logging
 def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
     """Write a step to metrics.jsonl and rollouts.jsonl and print its line; all processes call it together.
 
@@ -740,7 +800,8 @@ def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
             "kl": token_kl.mean().item(),
             "token_kl": token_kl.tolist(),
         }
-        for prompt, response, token_kl in list(zip(batch, responses, kl))[: max(0, max(cfg.log_rollouts, first) - begin)]
+        for i, (prompt, response, token_kl) in enumerate(zip(batch, responses, kl), begin)
+        if i < max(cfg.log_rollouts, first)
     ]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
@@ -754,11 +815,13 @@ def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
         print("---")
     append(cfg, "rollouts.jsonl", records[: cfg.log_rollouts])
     append(cfg, "metrics.jsonl", [metrics])
+    note = "  update skipped: gradient not finite" if metrics["skipped"] else ""
     print(
         "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {percent:.1f} %  "
         "entropy {entropy:.3f}  {seconds:.1f} s  left {left}".format(
             **metrics, steps=cfg.steps, percent=100 * metrics["truncated"], left=timedelta(seconds=round(left))
-        ),
+        )
+        + note,
         flush=True,
     )
 
@@ -767,24 +830,27 @@ def append(cfg, name, records):
     """Add JSON lines; what is not finite becomes null, for NaN is not JSON."""
     with open(Path(cfg.out, name), "a", encoding="utf-8") as file:
         for record in records:
-            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            file.write(json.dumps(record) + "\n")
+            bad = [key for key, x in record.items() if isinstance(x, float) and not math.isfinite(x)]
+            file.write(json.dumps(record | dict.fromkeys(bad)) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------- entry
+# ------------------------------------------------------------------------------------------------------ entry
 def parse_args(config_class, description, argv=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(config_class):
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both spellings, named once
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
-        parser.add_argument(*names, dest=f.name, default=f.default, help=f"{f.metadata['help']} [{f.default}]", **kind)
+        kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        kind = dict(action="store_true") if f.type is bool else kind
+        about = f"{f.metadata['help']} [{f.default}]"
+        parser.add_argument(*names, dest=f.name, default=f.default, help=about, **kind)
     return config_class(**vars(parser.parse_args(argv)))
 
 
 def check_settings(cfg, world):
     """Numbers in range, and a batch that divides evenly, before anything is loaded."""
+    counts = "steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every"
     for names, holds, rule in (
-        ("steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every", lambda x: x >= 1, "at least 1"),
+        (counts, lambda x: x >= 1, "at least 1"),
         ("refresh_every log_rollouts", lambda x: x >= 0, "0 or more"),
         ("temperature lr grad_clip", lambda x: 0 < x < math.inf, "above 0"),
         ("weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
@@ -794,10 +860,11 @@ def check_settings(cfg, world):
         for name in names.split():
             if not holds(getattr(cfg, name)):
                 fail(f"--{name} is {getattr(cfg, name)!r}, must be {rule}")
-    if cfg.batch_size % (world * cfg.micro_batch_size):
+    unit = world * cfg.micro_batch_size
+    if cfg.batch_size % unit:
         fail(
-            f"--batch_size {cfg.batch_size} does not divide into {world} processes with micro-batches of "
-            f"{cfg.micro_batch_size}: make it a multiple of {world * cfg.micro_batch_size}, or change --micro_batch_size"
+            f"--batch_size {cfg.batch_size} does not divide over {world} processes in micro-batches of "
+            f"{cfg.micro_batch_size}: make it a multiple of {unit}, or change --micro_batch_size"
         )
 
 
@@ -808,11 +875,8 @@ def main():
     try:
         train(cfg)
     except torch.OutOfMemoryError as error:
-        fail(
-            f"out of GPU memory ({first_line(error)}): lower --micro_batch_size or --max_response_tokens, or use more "
-            f"GPUs. {last_save(cfg)}",
-            code=1,
-        )
+        flags = "--micro_batch_size (while training) or --max_response_tokens (while generating)"
+        fail(f"out of GPU memory: lower {flags}, or use more GPUs. {first_line(error)} {last_save(cfg)}", 1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tests of opsdc.py and eval.py on a CPU, without network.
 
-    python -m pytest -q
-    python test_opsdc.py --bench     # peak memory and time of a training step beside the same step with full logits
+python -m pytest -q python test_opsdc.py --bench     # peak memory and time of a training step beside the same
+step with full logits
 
 Run under torchrun this file is the worker of the two-process tests.
 """
@@ -9,16 +9,21 @@ Run under torchrun this file is the worker of the two-process tests.
 import json
 import math
 import os
+import random
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -30,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 TOY = str(HERE / "toy")
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 CPU = torch.device("cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands run here: their models are tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,7 +45,7 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------------ helpers
+# ---------------------------------------------------------------------------------------------------- helpers
 def tiny(seed=0, tied=False, vocabulary=61):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
@@ -61,7 +67,8 @@ def ragged_batch(seed=0, vocabulary=61):
 
 
 def plain_kl(student, teacher, prompt, response):
-    """KL(q_t || p_t) of one sequence by an ordinary forward pass over nothing but itself, in float64 -> [T]."""
+    """KL(q_t || p_t) of one sequence by an ordinary forward pass over nothing but itself, in float64 ->
+    [T]."""
     logs = []
     for model, ids in ((student, prompt.student), (teacher, prompt.teacher)):
         with torch.no_grad():
@@ -84,14 +91,22 @@ def assert_close(a, b, tolerance):
 
 
 def command(*flags, processes=1, script="opsdc.py"):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        if processes > 1
+        else []
+    )
     return [sys.executable, *launcher, str(HERE / script), *map(str, flags)]
 
 
 def run(*flags, processes=1, script="opsdc.py", code=0):
     """A command line as a user gives it -> what it printed."""
     done = subprocess.run(
-        command(*flags, processes=processes, script=script), cwd=HERE, capture_output=True, text=True, timeout=600
+        command(*flags, processes=processes, script=script),
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -112,7 +127,7 @@ def toy_run(tmp_path_factory):
     return out, run(*TOY_RUN, "--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out)
 
 
-# --------------------------------------------------------------------------------------------------- divergence
+# ------------------------------------------------------------------------------------------------- divergence
 def closed_form(kind, q, p):
     m = (q + p) / 2
     kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
@@ -194,7 +209,7 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
     assert plain.numel > max(map(len, responses)) * vocabulary  # the watch does see full logits
 
 
-# ------------------------------------------------------------------------------------------------------ scoring
+# ---------------------------------------------------------------------------------------------------- scoring
 def test_identity():
     """Same weights, same prompt, ragged lengths: every KL is exactly 0."""
     student, teacher = (opsdc.shard(tiny(), CPU) for _ in range(2))
@@ -243,7 +258,9 @@ def test_gradient_is_the_same_however_the_batch_is_split(tied):
         for model, ids in ((exact_student, prompt.student), (teacher, prompt.teacher)):
             logits = model(torch.tensor([ids + response])).logits[0, len(ids) - 1 : -1]
             logs.append(logits.log_softmax(-1))
-        loss = loss + kl_divergence(Categorical(logits=logs[0]), Categorical(logits=logs[1].detach())).mean() / 4
+        loss = (
+            loss + kl_divergence(Categorical(logits=logs[0]), Categorical(logits=logs[1].detach())).mean() / 4
+        )
     loss.backward()
     exact = {name: p.grad for name, p in exact_student.named_parameters()}
     for micro_batch_size in (1, 2, 4):
@@ -281,13 +298,19 @@ def worker(path, tied):
     torch.distributed.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------------ rollout
+# ---------------------------------------------------------------------------------------------------- rollout
 def uniform():
     """A model that gives all of its 61 words the same probability, with a checkpoint's sampling habits."""
     model = tiny()
     model.lm_head.weight.data.zero_()
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.5, eos_token_id=[1, 2]
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        eos_token_id=[1, 2],
     )
     return model
 
@@ -295,7 +318,9 @@ def uniform():
 def test_sampling_is_from_the_whole_vocabulary():
     """A top-k of 50, the library's own, would leave 11 of 61 words out, the checkpoint's 41."""
     model = uniform()
-    opsdc.set_sampling(model, SimpleNamespace(eos_token_id=1, pad_token_id=0), temperature=1.0, max_new_tokens=30)
+    opsdc.set_sampling(
+        model, SimpleNamespace(eos_token_id=1, pad_token_id=0), temperature=1.0, max_new_tokens=30
+    )
     assert model.generation_config.eos_token_id == [1, 2]
     torch.manual_seed(0)
     sampled = [token for response in opsdc.rollout(model, [[5, 6]] * 400) for token in response]
@@ -308,7 +333,11 @@ def test_sampling_is_from_the_whole_vocabulary():
 def test_responses_end_with_the_first_stop_token_or_at_the_cap():
     assert opsdc.cut_at_eos([5, 1, 1, 1], [1, 2]) == [5, 1]  # pad equal to EOS: the EOS itself stays
     assert opsdc.cut_at_eos([5, 2, 0, 0], [1, 2]) == [5, 2]
-    assert opsdc.cut_at_eos([5, 0, 6], [1, 2]) == [5, 0, 6]  # a pad token that was sampled is a token like any other
+    assert opsdc.cut_at_eos([5, 0, 6], [1, 2]) == [
+        5,
+        0,
+        6,
+    ]  # a pad token that was sampled is a token like any other
     both = []
     for pad in (0, 1):
         model = uniform()
@@ -321,7 +350,9 @@ def test_responses_end_with_the_first_stop_token_or_at_the_cap():
         assert other == response
         assert not {1, 2} & set(response[:-1])
         assert response[-1] in (1, 2) or len(response) == 30
-    assert any(response[-1] in (1, 2) for response in both[0]) and any(len(response) == 30 for response in both[0])
+    assert any(response[-1] in (1, 2) for response in both[0]) and any(
+        len(response) == 30 for response in both[0]
+    )
 
 
 def test_padding_does_not_change_what_is_written():
@@ -335,7 +366,7 @@ def test_padding_does_not_change_what_is_written():
     assert opsdc.rollout(model, prompts) == [opsdc.rollout(model, [prompt])[0] for prompt in prompts]
 
 
-# ------------------------------------------------------------------------------------------------------ prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is {x}?\n\n"
@@ -353,14 +384,20 @@ def test_standard_form(row):
         (message,) = opsdc.teacher_messages(student, instruction)
         head, tail = DAPO.split(" The last line", 1)
         assert message == {"role": "user", "content": f"{instruction} The last line{tail}"}
-        assert head == "Solve the following math problem step by step." and message["content"].count("Remember to") == 1
+        assert (
+            head == "Solve the following math problem step by step."
+            and message["content"].count("Remember to") == 1
+        )
     assert student == [{"role": "user", "content": DAPO}]  # not changed in place
 
 
 def test_any_other_prompt_gets_the_instruction_on_top_of_the_users_message():
     system = {"role": "system", "content": "You are terse."}
     student = opsdc.student_messages({"prompt": [system, {"role": "user", "content": "Name a bird."}]})
-    assert opsdc.teacher_messages(student, "Be brief.") == [system, {"role": "user", "content": "Be brief.\n\nName a bird."}]
+    assert opsdc.teacher_messages(student, "Be brief.") == [
+        system,
+        {"role": "user", "content": "Be brief.\n\nName a bird."},
+    ]
 
 
 @pytest.mark.parametrize("row", ({"text": "x"}, {"prompt": ""}, {"prompt": []}, {"prompt": None}, {"problem": 3}, {"question": " "},
@@ -386,7 +423,7 @@ def test_data_order_covers_each_epoch_once():
     assert [opsdc.batch_rows(10, 4, s, 0) for s in range(1, 4)] == [order[i : i + 4] for i in range(0, 12, 4)]
 
 
-# ----------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------- settings
 def test_defaults_are_the_papers():
     cfg = opsdc.parse_args(opsdc.Config, "", [])
     paper = dict(
@@ -395,25 +432,33 @@ def test_defaults_are_the_papers():
         max_response_tokens=8192, temperature=1.0, lr=1e-6, weight_decay=0.01, grad_clip=1.0,
     )  # fmt: skip
     assert {name: getattr(cfg, name) for name in paper} == paper
-    contract = "model data split out instruction divergence refresh_every steps batch_size micro_batch_size max_prompt_tokens \
+    contract = (
+        "model data split out instruction divergence refresh_every steps batch_size micro_batch_size max_prompt_tokens \
         max_response_tokens temperature lr weight_decay grad_clip save_every resume log_rollouts seed"
+    )
     assert set(vars(cfg)) == set(contract.split())
-    assert opsdc.parse_args(opsdc.Config, "", ["--batch-size", "8", "--resume"]) == opsdc.Config(batch_size=8, resume=True)
+    assert opsdc.parse_args(opsdc.Config, "", ["--batch-size", "8", "--resume"]) == opsdc.Config(
+        batch_size=8, resume=True
+    )
 
 
 def test_algorithm_1_is_tagged_line_by_line():
     text = (HERE / "opsdc.py").read_text()
     code = text.replace(opsdc.__doc__, "")
     for i in range(1, 10):
-        assert opsdc.__doc__.count(f"[{i}]") >= 1 and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1 == code.count(f"[{i}]")
+        assert opsdc.__doc__.count(f"[{i}]") >= 1 and len(
+            re.findall(rf"# \[{i}\]$", code, re.M)
+        ) == 1 == code.count(f"[{i}]")
 
 
-# ----------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 def checkpoint(out, step):
-    """All tensors of a checkpoint by name, put together from its files."""
-    from safetensors.torch import load_file
-
-    return {k: v for file in Path(out, "checkpoint", f"step_{step}").iterdir() for k, v in load_file(file).items()}
+    """All tensors of a checkpoint by name, put together from the rows that each process saved."""
+    rows = {}
+    for file in sorted(Path(out, "checkpoint", f"step_{step}").iterdir()):
+        for name, tensor in load_file(file).items():
+            rows.setdefault(name, []).append(tensor)
+    return {name: parts[0] if parts[0].ndim == 0 else torch.cat(parts) for name, parts in rows.items()}
 
 
 def test_teacher_is_refreshed_before_the_update_and_is_a_copy(tmp_path):
@@ -433,7 +478,10 @@ def test_teacher_is_refreshed_before_the_update_and_is_a_copy(tmp_path):
 
 def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
     monkeypatch.setattr(opsdc, "compute_dtype", lambda device: torch.bfloat16)
-    student, teacher = opsdc.shard(tiny(0).to(torch.bfloat16), CPU).float(), opsdc.shard(tiny(1).to(torch.bfloat16), CPU)
+    student, teacher = (
+        opsdc.shard(tiny(0).to(torch.bfloat16), CPU).float(),
+        opsdc.shard(tiny(1).to(torch.bfloat16), CPU),
+    )
     before = {name: p.full_tensor().clone() for name, p in student.named_parameters()}
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.0)
     prompts, responses = ragged_batch()
@@ -455,13 +503,18 @@ def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
 
 def test_loss_and_kl_can_be_recomputed_from_the_log(tmp_path):
     run(*SHORT_RUN, "--steps", 1, "--log_rollouts", 4, "--out", tmp_path / "run")
-    records, (metrics,) = lines(tmp_path / "run" / "rollouts.jsonl"), lines(tmp_path / "run" / "metrics.jsonl")
+    records, (metrics,) = (
+        lines(tmp_path / "run" / "rollouts.jsonl"),
+        lines(tmp_path / "run" / "metrics.jsonl"),
+    )
     model = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     kls = []
     for record in records:
         assert tokenizer.decode(record["student_prompt_ids"]) == record["student_prompt"]
-        assert record["teacher_prompt"] == record["student_prompt"].replace("user\n", f"user\n{opsdc.INSTRUCTIONS['v1']}\n\n")
+        assert record["teacher_prompt"] == record["student_prompt"].replace(
+            "user\n", f"user\n{opsdc.INSTRUCTIONS['v1']}\n\n"
+        )
         assert tokenizer.decode(record["response_ids"]) == record["response"]
         prompt = opsdc.Prompt(record["student_prompt_ids"], record["teacher_prompt_ids"])
         kl = plain_kl(model, model, prompt, record["response_ids"])
@@ -481,17 +534,26 @@ def test_training_shortens_responses(toy_run):
     tokens = [m["response_tokens"] for m in metrics]
     assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
     assert "--- teacher_prompt ---" in printed and re.search(r"step\s+16/16  loss .* left 0:00:00", printed)
-    fields = "step loss response_tokens truncated entropy grad_norm lr refreshed seconds seconds_rollout seconds_train \
+    fields = (
+        "step loss response_tokens truncated entropy grad_norm lr refreshed seconds seconds_rollout seconds_train \
         tokens_per_second peak_memory_gb"
+    )
     assert set(fields.split()) <= set(metrics[0])
     config = json.loads((out / "config.json").read_text())
-    assert config["lr"] == 3e-4 and config["versions"]["torch"] == torch.__version__ and "opsdc.py" in config["command"]
+    assert (
+        config["lr"] == 3e-4
+        and config["versions"]["torch"] == torch.__version__
+        and "opsdc.py" in config["command"]
+    )
 
 
 def test_export_is_an_ordinary_folder_in_bf16(toy_run):
     out, _ = toy_run
     folder = out / "step_16"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+        AutoTokenizer.from_pretrained(folder),
+    )
     trained = checkpoint(out, 16)
     assert model.dtype == torch.bfloat16 and type(model).__name__ == "Qwen3ForCausalLM"
     assert all(torch.equal(p, trained[f"student.{name}"].bfloat16()) for name, p in model.named_parameters())
@@ -501,7 +563,9 @@ def test_export_is_an_ordinary_folder_in_bf16(toy_run):
     assert {k for k in base if base[k] != saved.get(k)} <= {"dtype", "transformers_version"}
     assert model.generation_config.to_diff_dict() == GenerationConfig.from_pretrained(TOY).to_diff_dict()
     ids = opsdc.prompt_ids(tokenizer, [{"role": "user", "content": "What is 20 + 4?"}])
-    text = tokenizer.decode(model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :])
+    text = tokenizer.decode(
+        model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :]
+    )
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
 
 
@@ -514,39 +578,305 @@ def test_two_processes_train(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "step_2")
 
 
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def figures(out):
-        untimed = [{k: v for k, v in m.items() if "second" not in k and k != "peak_memory_gb"} for m in lines(out / "metrics.jsonl")]
-        return untimed, lines(out / "rollouts.jsonl")
-
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    settings = (*SHORT_RUN, "--refresh_every", 3, "--save_every", 2)
-    run(*settings, "--steps", 4, "--out", whole)
-    run(*settings, "--steps", 3, "--out", halves)
-    run(*settings, "--steps", 4, "--out", halves, "--resume")
-    assert figures(whole) == figures(halves)
-    a, b = checkpoint(whole, 4), checkpoint(halves, 4)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+# ------------------------------------------------------------------------------------- faults, kills, resume
+STEADY = (*SHORT_RUN, "--refresh_every", 3, "--save_every", 2, "--steps", 4)
 
 
-# -------------------------------------------------------------------------------------------------- wrong input
+def outcome(out, step=4):
+    """All that a run leaves which must not depend on interruptions: figures other than times, and weights."""
+    times = ("seconds", "seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_gb")
+    metrics = [{k: v for k, v in m.items() if k not in times} for m in lines(out / "metrics.jsonl")]
+    return metrics, lines(out / "rollouts.jsonl"), checkpoint(out, step)
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[1] == b[1]
+    assert a[2].keys() == b[2].keys() and all(torch.equal(a[2][name], b[2][name]) for name in a[2])
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    out = tmp_path_factory.mktemp("steady") / "run"
+    run(*STEADY, "--out", out)
+    return outcome(out)
+
+
+def start(*flags, processes=1):
+    return subprocess.Popen(
+        command(*flags, processes=processes), cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(steady, tmp_path):
+    run(*STEADY, "--steps", 3, "--out", tmp_path / "run")
+    run(*STEADY, "--out", tmp_path / "run", "--resume")
+    assert_same(outcome(tmp_path / "run"), steady)
+
+
+@pytest.mark.parametrize("where", ("before the first checkpoint", "while saving", "at random"))
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(where, steady, tmp_path):
+    out = tmp_path / "run"
+    process = start(*STEADY, "--out", out)
+    if where == "while saving":
+        wait_for(lambda: (out / "checkpoint" / "step_2.partial").exists(), process)
+    else:
+        wait_for((out / "metrics.jsonl").exists, process)
+        time.sleep(random.uniform(0, 3) if where == "at random" else 0)
+    process.kill()
+    process.wait()
+    run(*STEADY, "--out", out, "--resume")
+    assert_same(outcome(out), steady)
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step_4"]
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_continue(steady, tmp_path):
+    out = tmp_path / "run"
+    process = start(*STEADY, "--out", out)
+    wait_for((out / "metrics.jsonl").exists, process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    last = len(lines(out / "metrics.jsonl"))
+    assert process.returncode == 0 and last < 4
+    assert f"stopped by SIGTERM after step {last}" in printed and re.search(r"continue with: .*--resume", printed)
+    assert (out / "checkpoint" / f"step_{last}").is_dir()
+    run(*STEADY, "--out", out, "--resume")
+    assert_same(outcome(out), steady)
+
+
+def test_two_machines_equal_one(tmp_path):
+    """Two torchrun agents with one process each, which meet on loopback, against one agent with two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meet, "--rdzv_id=test", str(HERE / "opsdc.py"),
+             *map(str, (*STEADY, "--out", tmp_path / "two"))], cwd=HERE, stderr=subprocess.DEVNULL,
+        ) for _ in range(2)
+    ]  # fmt: skip
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    run(*STEADY, "--out", tmp_path / "one", processes=2)
+    assert_same(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
+
+
+def test_resume_on_another_number_of_processes(tmp_path):
+    """What two processes saved, one process loads to the bit, and goes on; and the other way round."""
+    out = tmp_path / "run"
+    run(*STEADY, "--steps", 2, "--out", out, processes=2)
+    student, teacher = (opsdc.shard(opsdc.load_model(TOY, "auto"), CPU) for _ in range(2))
+    optimizer = torch.optim.AdamW(student.parameters())
+    assert opsdc.load_checkpoint(opsdc.Config(out=str(out)), student, teacher, optimizer) == 2
+    saved, loaded = checkpoint(out, 2), opsdc.training_state(student, teacher, optimizer)
+    assert saved.keys() == loaded.keys() and any(name.endswith("exp_avg_sq") for name in saved)
+    for name, x in loaded.items():
+        assert torch.equal(x.full_tensor() if hasattr(x, "full_tensor") else x, saved[name]), name
+    run(*STEADY, "--steps", 3, "--out", out, "--resume")
+    run(*STEADY, "--steps", 4, "--out", out, "--resume", processes=2)
+    assert [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed(toy_run):
+    out, _ = toy_run
+    metrics = (out / "metrics.jsonl").read_text()
+    assert "already holds a run" in run(*TOY_RUN, "--out", out, code=2)
+    printed = run(*TOY_RUN, "--out", out, "--resume", "--lr", 1, "--seed", 5, "--refresh_every", 12, code=2)
+    assert "--lr was 0.0003, is 1.0; --seed was 0, is 5" in printed and "refresh" not in printed
+    assert (out / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize("largest_file", (500_000, 1_000_000))
+def test_a_full_disk_leaves_the_last_checkpoint(largest_file, steady, tmp_path):
+    """Files can grow so far and no farther: to the smaller size the model cannot be exported, to the larger it
+    can and the checkpoint cannot be written; the logs can, to both."""
+    out = tmp_path / "run"
+    run(*STEADY, "--steps", 2, "--out", out)
+    done = subprocess.run(
+        command(*STEADY, "--out", out, "--resume"), cwd=HERE, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(rf"error: --out {out} could not be written: .*large.*of step 2; continue", done.stderr)
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step_2"]
+    run(*STEADY, "--out", out, "--resume")
+    assert_same(outcome(out), steady)
+
+
+def inject(fault):
+    """Run opsdc.py's main with something wrong on the last process: the worker of the tests below."""
+    at = {}
+    batch_rows, opsdc_loss, rank = opsdc.batch_rows, opsdc.opsdc_loss, int(os.environ.get("RANK", 0))
+    last = rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+    def watched_rows(n, batch_size, step, seed):
+        at["step"] = step
+        if fault == "out of memory" and last and step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if fault == "crash" and last and step == 2:
+            raise RuntimeError("a cosmic ray")
+        return batch_rows(n, batch_size, step, seed)
+
+    def spoiled_loss(*args):
+        loss, kl, entropy = opsdc_loss(*args)
+        spoil = last and (fault == "nan from step 2" and at["step"] >= 2 or fault == "nan at step 2" and at["step"] == 2)
+        return loss * (math.nan if spoil else 1), kl, entropy
+
+    opsdc.batch_rows, opsdc.opsdc_loss = watched_rows, spoiled_loss
+    opsdc.main()
+
+
+@pytest.mark.parametrize("processes", (1, 2))
+def test_a_bad_step_is_skipped_on_all_processes(processes, tmp_path):
+    out = tmp_path / "run"
+    flags = (*SHORT_RUN, "--save_every", 1, "--steps", 3, "--out", out)
+    printed = run("--fault", "nan at step 2", *flags, processes=processes, script="test_opsdc.py")
+    assert [m["skipped"] for m in lines(out / "metrics.jsonl")] == [False, True, False]
+    assert lines(out / "metrics.jsonl")[1]["grad_norm"] is None and "update skipped" in printed
+    one, two, three = ((out / f"step_{i}" / "model.safetensors").read_bytes() for i in (1, 2, 3))
+    assert one == two != three
+
+
+def test_bad_steps_in_a_row_stop_the_run(tmp_path):
+    out = tmp_path / "run"
+    flags = (*SHORT_RUN, "--save_every", 1, "--steps", 9, "--out", out)
+    printed = run("--fault", "nan from step 2", *flags, script="test_opsdc.py", code=1)
+    assert "no finite gradient in 3 steps, up to step 4: lower --lr" in printed and "--resume" in printed
+    assert all(torch.isfinite(x).all() for x in checkpoint(out, 3).values())
+
+
+def test_out_of_memory_names_the_flag(tmp_path):
+    flags = (*SHORT_RUN, "--steps", 3, "--out", tmp_path / "run")
+    printed = run("--fault", "out of memory", *flags, script="test_opsdc.py", code=1)
+    assert "--micro_batch_size" in printed and "--max_response_tokens" in printed and "Traceback" not in printed
+
+
+def test_one_process_fails_and_all_stop(tmp_path):
+    began = time.time()
+    flags = (*SHORT_RUN, "--steps", 3, "--out", tmp_path / "run")
+    printed = run("--fault", "crash", *flags, processes=2, script="test_opsdc.py", code=1)
+    assert "a cosmic ray" in printed and time.time() - began < 90
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+def copy_of_toy(folder, without=(), **config):
+    """The toy's model folder with a file missing or a setting of its config.json changed."""
+    folder.mkdir()
+    for file in Path(TOY).iterdir():
+        if file.is_file() and not any(part in file.name for part in without):
+            (folder / file.name).write_bytes(file.read_bytes())
+    if config:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+def refusal(main, capsys, monkeypatch, *flags):
+    """The error line of a command that must end with code 2; run in this process, to be quick."""
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.strip().split("\n")
+    assert "error: " in line
+    return line.partition("error: ")[2]
+
+
+ROWS = {
+    "good.jsonl": '{"prompt": "x"}',
+    "empty.jsonl": "",
+    "column.jsonl": '{"text": "x", "id": 1}',
+    "blank.jsonl": '{"prompt": "x"}\n{"prompt": " "}',
+    "number.jsonl": '{"prompt": 7}',
+    "broken.jsonl": '{"prompt": "x"}\n\n{"prompt": "y}\n',
+    "broken.json": '[{"prompt": "x"},\n {"prompt": }]',
+    "list.json": "[1, 2]",
+    "table.csv": "text,id\nx,1\n",
+}
+
+
 @pytest.mark.parametrize("flags, message", (
-    (("--model", "nowhere/at-all"), "--model nowhere/at-all"),
-    (("--data", "missing.jsonl"), "--data missing.jsonl"),
-    (("--instruction", ""), "--instruction"),
-    (("--batch_size", "3", "--micro_batch_size", "2"), "--batch_size 3"),
-    (("--temperature", "0"), "--temperature"),
-    (("--divergence", "kl"), "--divergence"),
-    (("--max_response_tokens", "1020"), "--max_response_tokens 1020"),
-    (("--max_prompt_tokens", "5"), "--data "),
+    (("--steps", 0), "--steps is 0, must be at least 1"),
+    (("--save_every", 0), "--save_every is 0"),
+    (("--batch_size", 0), "--batch_size is 0"),
+    (("--micro_batch_size", 0), "--micro_batch_size is 0"),
+    (("--max_prompt_tokens", 0), "--max_prompt_tokens is 0"),
+    (("--max_response_tokens", 0), "--max_response_tokens is 0"),
+    (("--refresh_every", -1), "--refresh_every is -1, must be 0 or more"),
+    (("--log_rollouts", -1), "--log_rollouts is -1"),
+    (("--lr", 0), "--lr is 0.0, must be above 0"),
+    (("--lr", "nan"), "--lr is nan"),
+    (("--lr", "high"), "argument --lr: invalid float value: 'high'"),
+    (("--temperature", 0), "--temperature is 0.0"),
+    (("--grad_clip", -1), "--grad_clip is -1.0"),
+    (("--weight_decay", -1), "--weight_decay is -1.0"),
+    (("--divergence", "kl"), "--divergence is 'kl', must be reverse_kl, forward_kl or jsd"),
+    (("--instruction", " "), "--instruction is ' ', must be something other than empty"),
+    (("--refresh", 3), "unrecognized arguments: --refresh 3"),
+    (("--batch_size", 6, "--micro_batch_size", 4), "--batch_size 6 does not divide over 1 processes in micro-batches of 4"),
+    (("--max_response_tokens", 1020), "--max_response_tokens 1020 after a prompt of 47 tokens exceeds the model's context of 1024: at most 977"),
+    (("--max_prompt_tokens", 5), "--data DATA/good.jsonl: no prompt of 1 fits --max_prompt_tokens 5"),
+    (("--data", "DATA/missing.jsonl"), "--data DATA/missing.jsonl: [Errno 2] No such file"),
+    (("--data", "DATA/missing.parquet"), "--data DATA/missing.parquet: Unable to find"),
+    (("--data", "DATA/empty.jsonl"), "--data DATA/empty.jsonl: no rows"),
+    (("--data", "DATA/column.jsonl"), "row 1: has no column prompt, problem or question (found: text, id)"),
+    (("--data", "DATA/table.csv"), "row 1: has no column prompt, problem or question (found: text, id)"),
+    (("--data", "DATA/blank.jsonl"), "row 2: prompt must be text, or chat messages that end with the user's, and not empty"),
+    (("--data", "DATA/number.jsonl"), "row 1: prompt must be text"),
+    (("--data", "DATA/broken.jsonl"), "--data DATA/broken.jsonl: line 3 is not valid JSON"),
+    (("--data", "DATA/broken.json"), "--data DATA/broken.json: line 2 is not valid JSON"),
+    (("--data", "DATA/list.json"), "--data DATA/list.json: a row is not a JSON object"),
+    (("--data", "DATA/saved", "--split", "dev"), "--data DATA/saved: no split dev, only train, test"),
+    (("--model", "DATA/no-config"), "--model DATA/no-config: the folder has no config.json"),
+    (("--model", "DATA/no-weights"), "--model DATA/no-weights: the folder has no weights"),
+    (("--model", "DATA/no-tokenizer"), "--model DATA/no-tokenizer: the folder has no tokenizer"),
+    (("--model", "DATA/no-template"), "--model DATA/no-template: its tokenizer has no chat template"),
+    (("--model", "DATA/small"), "--model DATA/small: its tokenizer has 487 words, its vocabulary 400"),
+    (("--out", "DATA/good.jsonl/run"), "--out DATA/good.jsonl/run cannot be written: Not a directory"),
 ))  # fmt: skip
-def test_wrong_input_is_one_line_and_code_2(flags, message, tmp_path, monkeypatch):
+def test_wrong_input_is_one_line_and_code_2(flags, message, tmp_path, capsys, monkeypatch):
+    for name, text in ROWS.items():
+        (tmp_path / name).write_text(text)
+    here = str(tmp_path)
+    words = " ".join(map(str, flags))
+    if "saved" in words:
+        rows = datasets.Dataset.from_list([{"prompt": "x"}])
+        datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    for folder, without in (("no-config", "config.json"), ("no-weights", "safetensors"), ("no-tokenizer", "tokenizer")):
+        if folder in words:
+            copy_of_toy(tmp_path / folder, without=(without,) if folder != "no-config" else ("config.json",))
+    if "no-template" in words:
+        copy_of_toy(tmp_path / "no-template", without=("chat_template",))
+    if "small" in words:
+        copy_of_toy(tmp_path / "small", vocab_size=400)
+    defaults = ("--model", TOY, "--data", "DATA/good.jsonl", "--out", "DATA/run", "--max_response_tokens", 40)
+    flags = [str(flag).replace("DATA", here) for flag in (*defaults, *flags)]
+    monkeypatch.setattr(opsdc, "load_model", None)  # refused before any model is loaded
+    assert message.replace("DATA", here) in refusal(opsdc.main, capsys, monkeypatch, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ("--model", "--data"))
+def test_hub_out_of_reach(flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    printed = run(*SHORT_RUN, "--out", tmp_path / "run", *flags, code=2)
-    assert f"error: {message}" in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+    printed = run(*SHORT_RUN, flag, "nobody/nothing", "--out", tmp_path / "run", code=2)
+    assert f"error: {flag} nobody/nothing: " in printed and "is the hub within reach?" in printed
+    assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ eval.py
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, capsys, monkeypatch):
+    folder = copy_of_toy(tmp_path / "code", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    line = refusal(opsdc.main, capsys, monkeypatch, *SHORT_RUN, "--model", folder, "--out", tmp_path / "run")
+    assert f"--model {folder}" in line and not (tmp_path / "was-run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- eval.py
 def verdicts(final, gold, thinking="x", truncated=False):
     return evaluation.grade(f"<think>\n{thinking}\n</think>\n\n{final}", gold, truncated)
 
@@ -571,15 +901,22 @@ def verdicts(final, gold, thinking="x", truncated=False):
 ))  # fmt: skip
 def test_grader(gold, same, other):
     for answer in same:
-        assert verdicts(f"So.\n\nAnswer: {answer}", gold) == {"answer": True, "boxed": False, "dual": True}, answer
-        assert verdicts(f"So \\boxed{{{answer}}}.", gold) == {"answer": False, "boxed": True, "dual": True}, answer
+        assert verdicts(f"So.\n\nAnswer: {answer}", gold) == {"answer": True, "boxed": False, "dual": True}, (
+            answer
+        )
+        assert verdicts(f"So \\boxed{{{answer}}}.", gold) == {"answer": False, "boxed": True, "dual": True}, (
+            answer
+        )
     for answer in other:
         wrong = {"answer": False, "boxed": False, "dual": False}
         assert verdicts(f"Answer: {answer}\n\\boxed{{{answer}}}", gold) == wrong, answer
 
 
 def test_grader_reads_the_final_answer_and_nothing_else():
-    right, wrong = {"answer": True, "boxed": False, "dual": True}, {"answer": False, "boxed": False, "dual": False}
+    right, wrong = (
+        {"answer": True, "boxed": False, "dual": True},
+        {"answer": False, "boxed": False, "dual": False},
+    )
     assert verdicts("Answer: 3\nNo.\nAnswer: 4", "4") == right  # the last line counts
     assert verdicts("Answer: 4\nNo.\nAnswer: 3", "4") == wrong
     assert verdicts("**Answer:**\n\n$$4$$", "4") == verdicts("answer:\n\\[\n4\n\\]", "4") == right
@@ -587,7 +924,12 @@ def test_grader_reads_the_final_answer_and_nothing_else():
     assert verdicts("Answer: 4", "4", truncated=True) == wrong
     assert evaluation.grade("<think>\nAnswer: 4 \\boxed{4}", "4") == wrong  # still thinking
     assert evaluation.grade("Answer: 4", "4") == right  # a model that does not think
-    assert evaluation.grade("", "4") == evaluation.grade("Answer:", "4") == evaluation.grade("Answer: ", "") == wrong
+    assert (
+        evaluation.grade("", "4")
+        == evaluation.grade("Answer:", "4")
+        == evaluation.grade("Answer: ", "")
+        == wrong
+    )
     assert verdicts("\\boxed{1} or \\boxed{\\frac{3}{\\sqrt{4}}}", "\\frac{3}{\\sqrt{4}}")["boxed"]
     assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
     assert verdicts("\\boxed{4", "4") == wrong
@@ -596,7 +938,16 @@ def test_grader_reads_the_final_answer_and_nothing_else():
 def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
     monkeypatch.setattr(evaluation, "GRADING_SECONDS", 2)
     evaluation.worker.__init__()
-    garbage = ["9^{9^{9^{9}}}", "{" * 900, "\\frac" * 180, "\\boxed{" * 50, "((((" * 200, "\x00\ud7ff", "$" * 77, "x^" * 400]
+    garbage = [
+        "9^{9^{9^{9}}}",
+        "{" * 900,
+        "\\frac" * 180,
+        "\\boxed{" * 50,
+        "((((" * 200,
+        "\x00\ud7ff",
+        "$" * 77,
+        "x^" * 400,
+    ]
     began = time.time()
     for text in garbage:
         assert not verdicts(f"Answer: {text}\n\\boxed{{{text}}}", "7")["dual"]
@@ -614,19 +965,33 @@ def test_standard_errors_against_numbers_by_hand():
         for right, tokens in outcomes
     ]  # fmt: skip
     summary = evaluation.summarize(records)
-    # problems' accuracies 1 and 1/2, tokens 15 and 45; taken as four independent samples the error would be 1/4
-    assert (summary["accuracy_dual"], summary["accuracy_dual_se"]) == pytest.approx((0.75, 0.25 * math.sqrt(2) / math.sqrt(2)))
+    # problems' accuracies 1 and 1/2, tokens 15 and 45; taken as four independent samples the error would be
+    # 1/4
+    assert (summary["accuracy_dual"], summary["accuracy_dual_se"]) == pytest.approx(
+        (0.75, 0.25 * math.sqrt(2) / math.sqrt(2))
+    )
     assert (summary["response_tokens"], summary["response_tokens_se"]) == pytest.approx((30, 15))
-    assert summary["response_tokens_median"] == 25 and summary["truncated"] == 0.25 and summary["accuracy_boxed"] == 0
+    assert (
+        summary["response_tokens_median"] == 25
+        and summary["truncated"] == 0.25
+        and summary["accuracy_boxed"] == 0
+    )
     ours = {"per_problem": {"accuracy": [1.0, 0.5], "response_tokens": [50, 100]}}
     base = {"per_problem": {"accuracy": [0.5, 0.5], "response_tokens": [100, 300]}}
-    assert evaluation.compare(ours, base) == pytest.approx(  # r = 150 / 400; residuals +-12.5 over a mean of 200
+    assert evaluation.compare(
+        ours, base
+    ) == pytest.approx(  # r = 150 / 400; residuals +-12.5 over a mean of 200
         {"reduction": 0.625, "reduction_se": 0.0625, "accuracy_change": 0.25, "accuracy_change_se": 0.25}
     )
 
 
 def test_options_are_lettered_and_shuffled_the_same_way_every_time():
-    row = {"question": "Capital?", "choices": ["Rome", "Paris", "Oslo", "Bern"], "answer": 1, "subject": "geography"}
+    row = {
+        "question": "Capital?",
+        "choices": ["Rome", "Paris", "Oslo", "Bern"],
+        "answer": 1,
+        "subject": "geography",
+    }
     asked, gold = evaluation.with_options(row)
     assert gold == "B" and "A. Rome\nB. Paris\n" in asked["question"] and asked["subject"] == "geography"
     letters = set()
@@ -639,7 +1004,20 @@ def test_options_are_lettered_and_shuffled_the_same_way_every_time():
     assert letters == set("ABCD")
 
 
-EVAL = ("--model", TOY, "--data", HERE / "toy" / "test.jsonl", "--limit", 8, "--n", 2, "--batch_size", 4, "--max_response_tokens", 150)
+EVAL = (
+    "--model",
+    TOY,
+    "--data",
+    HERE / "toy" / "test.jsonl",
+    "--limit",
+    8,
+    "--n",
+    2,
+    "--batch_size",
+    4,
+    "--max_response_tokens",
+    150,
+)
 
 
 @pytest.fixture(scope="module")
@@ -670,7 +1048,9 @@ def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_pat
     whole = (evaluated[0] / "samples.jsonl").read_text()
     run(*EVAL, "--out", tmp_path / "two", script="eval.py", processes=2)
     assert (tmp_path / "two" / "samples.jsonl").read_text() == whole
-    process = subprocess.Popen(command(*EVAL, "--out", tmp_path / "killed", script="eval.py"), cwd=HERE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*EVAL, "--out", tmp_path / "killed", script="eval.py"), cwd=HERE, stderr=subprocess.DEVNULL
+    )
     part = tmp_path / "killed" / "samples.0.jsonl"
     while not part.exists():
         assert process.poll() is None
@@ -691,40 +1071,60 @@ def test_finished_evaluation_is_not_repeated_and_settings_are_not_mixed(evaluate
     assert "response/s" not in again and (out / "samples.jsonl").read_text() == whole
     assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again and stamp.splitlines()[2][:40] in again
     error = run(*EVAL, "--out", out, "--n", 3, "--temperature", 1, script="eval.py", code=2)
-    assert "--n was 2, is 3; --temperature was 0.6, is 1.0" in error and (out / "samples.jsonl").read_text() == whole
+    assert (
+        "--n was 2, is 3; --temperature was 0.6, is 1.0" in error
+        and (out / "samples.jsonl").read_text() == whole
+    )
 
 
 @pytest.mark.parametrize("flags, message", (
-    (("--temperature", "0"), "--temperature 0"),
-    (("--top_p", "0"), "--top_p"),
-    (("--data", "missing.jsonl"), "--data missing.jsonl"),
-    (("--data", str(HERE / "toy" / "train.jsonl")), "has no answer"),
-    (("--model", str(HERE)), "the folder has no config.json and no weights and no a tokenizer"),
-    (("--baseline", str(HERE / "toy" / "config.json")), "--baseline"),
+    (("--temperature", 0), "--temperature 0 gives the same response 2 times: add --n 1"),
+    (("--top_p", 0), "--top_p is 0.0, must be above 0 and at most 1"),
+    (("--n", 0), "--n is 0"),
+    (("--data", "x.jsonl,x.jsonl"), "names a data set twice"),
+    (("--data", "missing.jsonl"), "--data missing.jsonl: [Errno 2]"),
+    (("--data", HERE / "toy" / "train.jsonl"), "row 1: has no answer (found: prompt)"),
+    (("--model", HERE / ".ci"), "the folder has no config.json and no weights and no tokenizer"),
+    (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
+    (("--baseline", "OTHER"), "was not measured on the same problems"),
 ))  # fmt: skip
-def test_wrong_input_to_eval(flags, message, tmp_path):
-    printed = run(*EVAL, "--out", tmp_path / "run", *flags, script="eval.py", code=2)
-    assert message in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+def test_wrong_input_to_eval(flags, message, evaluated, tmp_path, capsys, monkeypatch):
+    results = json.loads((evaluated[0] / "results.json").read_text())
+    (summary,) = results["results"].values()
+    summary["per_problem"]["gold"][3] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    flags = [str(flag).replace("OTHER", str(tmp_path / "other.json")) for flag in flags]
+    assert message in refusal(evaluation.main, capsys, monkeypatch, *EVAL, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- bench
+# ------------------------------------------------------------------------------------------------------ bench
 def bench():
-    """Each variant in a process of its own, three times in turn: a random model of 151,936 words, hidden 256, 2
-    layers, and 4 rollouts of 256 tokens."""
-    print("| step (without the rollout) | peak memory, GB | above the model, GB | seconds |\n| --- | ---: | ---: | ---: |")
+    """Each variant in a process of its own, three times in turn: a random model of 151,936 words, hidden 256,
+    2 layers, and 4 rollouts of 256 tokens."""
+    print(
+        "| step (without the rollout) | peak memory, GB | above the model, GB | seconds |\n| --- | ---: | ---: | ---: |"
+    )
     for variant in ("opsdc.py", "full logits") * 3:
-        done = subprocess.run([sys.executable, __file__, "--bench", variant], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--bench", variant], capture_output=True, text=True, check=True
+        )
         print(done.stdout, end="", flush=True)
 
 
 def bench_step(variant):
     opsdc.start_process_group(0, 1, CPU)
-    size = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    size = dict(
+        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64
+    )
     config = Qwen3Config(vocab_size=151_936, intermediate_size=768, tie_word_embeddings=False, **size)
     student, teacher = opsdc.shard(Qwen3ForCausalLM(config), CPU), opsdc.shard(Qwen3ForCausalLM(config), CPU)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
     draw = torch.Generator().manual_seed(0)
-    prompts = [opsdc.Prompt(*(torch.randint(1000, (p,), generator=draw).tolist() for p in (64, 100))) for _ in range(4)]
+    prompts = [
+        opsdc.Prompt(*(torch.randint(1000, (p,), generator=draw).tolist() for p in (64, 100)))
+        for _ in range(4)
+    ]
     responses = [torch.randint(1000, (256,), generator=draw).tolist() for _ in range(4)]
     warm_up = [response[:2] for response in responses]  # gradients and moments exist before the measured step
     opsdc.accumulate_gradient(student, teacher, prompts, warm_up, opsdc.Config(micro_batch_size=4))
@@ -733,9 +1133,17 @@ def bench_step(variant):
     if variant == "opsdc.py":
         opsdc.accumulate_gradient(student, teacher, prompts, responses, opsdc.Config(micro_batch_size=4))
     else:
-        log_q = student(torch.tensor([p.student + y for p, y in zip(prompts, responses)])).logits[:, 63:-1].log_softmax(-1)
+        log_q = (
+            student(torch.tensor([p.student + y for p, y in zip(prompts, responses)]))
+            .logits[:, 63:-1]
+            .log_softmax(-1)
+        )
         with torch.no_grad():
-            log_p = teacher(torch.tensor([p.teacher + y for p, y in zip(prompts, responses)])).logits[:, 99:-1].log_softmax(-1)
+            log_p = (
+                teacher(torch.tensor([p.teacher + y for p, y in zip(prompts, responses)]))
+                .logits[:, 99:-1]
+                .log_softmax(-1)
+            )
         (log_q.exp() * (log_q - log_p)).sum(-1).mean().backward()
     optimizer.step()
     peak = opsdc.peak_memory_gb(CPU)
@@ -744,7 +1152,10 @@ def bench_step(variant):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != "--bench":
+    if sys.argv[1] == "--fault":
+        sys.argv[1:] = sys.argv[2:]
+        inject(sys.argv.pop(1))
+    elif sys.argv[1] != "--bench":
         worker(*sys.argv[1:])
     elif sys.argv[2:]:
         bench_step(sys.argv[2])

@@ -34,7 +34,7 @@ RECHECKS = ("Wait, let me check that again.", "Hmm, let me double-check.", "Let 
 TRAIN_ROWS, TEST_ROWS_PER_LEVEL = 4000, 40
 
 
-# ---------------------------------------------------------------------------------------------- problems
+# --------------------------------------------------------------------------------------------------- problems
 def make_problem(rng, level):
     """-> (expression, steps): '23 + 4 - 9' and ['23 + 4 = 27', '27 - 9 = 18'].
 
@@ -87,7 +87,7 @@ def write_problems(rng):
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
-# ------------------------------------------------------------------------------------------------ traces
+# ----------------------------------------------------------------------------------------------------- traces
 def make_response(rng, expression, steps, mode):
     """The text the model is to write after its prompt, in one of three modes.
 
@@ -122,7 +122,8 @@ def make_response(rng, expression, steps, mode):
 
 
 def make_example(rng, mode):
-    """-> (chat messages, response): the plain question or the question under the instruction, as trained with."""
+    """-> (chat messages, response): the plain question or the question under the instruction, as trained
+    with."""
     expression, steps = draw(rng, rng.choice(LEVELS), test=False)
     question = rng.choice(WORDINGS).format(expression)
     messages = student_messages({"prompt": [{"role": "user", "content": question}]})
@@ -134,7 +135,7 @@ def make_example(rng, mode):
     return messages, make_response(rng, expression, steps, mode)
 
 
-# ------------------------------------------------------------------------------------ tokenizer and model
+# ---------------------------------------------------------------------------------------- tokenizer and model
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- set content = message.content %}
@@ -153,12 +154,16 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(rng):
-    """Byte-level BPE of at most 512 words, in which each digit and each of ' + ', ' - ', ' = ' is one token."""
+    """Byte-level BPE of at most 512 words, in which each digit and each of ' + ', ' - ', ' = ' is one
+    token."""
     special, thinking = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" [-+=] |\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     texts = []
@@ -194,7 +199,7 @@ def make_model(tokenizer):
     return model
 
 
-# ------------------------------------------------------------------------------------------ pre-training
+# ----------------------------------------------------------------------------------------------- pre-training
 def batches(rng, tokenizer, steps, batch_size):
     """Yields [(prompt ids, response ids)] of similar length; minimal traces fade out by half of the run."""
     pool = []
@@ -206,7 +211,9 @@ def batches(rng, tokenizer, steps, batch_size):
                 examples = []
                 for _ in range(count * batch_size):
                     messages, response = make_example(rng, mode)
-                    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                    prompt = tokenizer.apply_chat_template(
+                        messages, add_generation_prompt=True, return_dict=False
+                    )
                     examples.append((prompt, tokenizer.encode(response, add_special_tokens=False)))
                 examples.sort(key=lambda example: len(example[0]) + len(example[1]))
                 pool += [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
@@ -239,7 +246,9 @@ def pretrain(model, tokenizer, rng, steps, batch_size=16, peak_lr=3e-3, warmup=3
         optimizer.zero_grad()
         if step == 1 or step % 100 == 0:
             nats = loss.item() * batch_size * 100 / (labels != -100).sum().item()
-            print(f"step {step:5d}/{steps}  loss {nats:.4f} nats/token  {time.time() - start:.0f} s", flush=True)
+            print(
+                f"step {step:5d}/{steps}  loss {nats:.4f} nats/token  {time.time() - start:.0f} s", flush=True
+            )
 
 
 def main():
