@@ -1,7 +1,8 @@
 r"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
 
     python eval.py --model toy --data toy/test.jsonl --batch_size 200
-    torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 --out runs/eval/base
+    torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 \
+        --out runs/eval/base
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
         --out runs/eval/opsdc --baseline runs/eval/base/results.json
 
@@ -42,11 +43,14 @@ class Config:
     """Every setting, its default and its meaning; the command line is made from this."""
 
     model: str = flag("Qwen/Qwen3-8B", "hub name or local folder, such as the step_N/ that opsdc.py writes")
-    data: str = flag("math500", "math500, aime24, aime25, gpqa, mmlu, or a file, saved-dataset folder or hub name "
-                     "(name:split; split test if not said) with problem and answer; several separated by commas")  # fmt: skip
+    data: str = flag(
+        "math500",
+        "math500, aime24, aime25, gpqa, mmlu, or a file, saved-dataset folder or hub name (name:split, split "
+        "test if not said) with problem and answer; several separated by commas",
+    )
     n: int = flag(
         8,
-        "samples per problem (paper: mean@8); under torchrun put -- before eval.py, or it takes --n for its own",
+        "samples per problem (paper: mean@8); under torchrun write -- before eval.py, or it claims --n itself",
     )
     temperature: float = flag(0.6, "sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
     top_p: float = flag(0.95, "nucleus sampling (paper: 0.95); 1 is off")
@@ -286,15 +290,13 @@ def sample_batches(cfg, batches, finished, model, tokenizer, part):
         records = []
         for (problem, i), ids in zip(batch, responses):
             truncated = ids[-1] not in model.generation_config.eos_token_id
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = tokenizer.decode(ids if truncated else ids[:-1])  # a tokenizer may call </think> special
             verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
-            records.append(dict(zip(("data", "problem", "sample"), key_of(problem, i))) | problem.groups | {
-                "gold": problem.gold, "response": text, "response_tokens": len(ids), "truncated": truncated, **verdicts
-            })  # fmt: skip
-        with part.open("a", encoding="utf-8") as file:
-            file.write(
-                "\n" + "".join(json.dumps(record) + "\n" for record in records)
-            )  # after a line cut short, too
+            record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
+            record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids), "truncated": truncated}
+            records.append(record | verdicts)
+        with part.open("a", encoding="utf-8") as file:  # the first \n ends a line that a kill cut short
+            file.write("\n" + "".join(json.dumps(record) + "\n" for record in records))
         tokens += sum(map(len, responses))
         bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s per process")
         bar.update(len(batch))
@@ -485,7 +487,8 @@ def evaluate(cfg):
 def default_out(cfg):
     words = [cfg.model, cfg.data, cfg.instruction, f"n{cfg.n}", f"t{cfg.temperature}"]
     name = re.sub(r"[^\w.]+", "-", " ".join(words)).strip("-")
-    return f"runs/eval/{name[:100]}-{hashlib.sha256(repr(asdict(cfg) | {'baseline': ''}).encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(repr(asdict(cfg) | {"baseline": ""}).encode()).hexdigest()
+    return f"runs/eval/{name[:100]}-{digest[:6]}"
 
 
 def open_run(cfg, out):

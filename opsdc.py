@@ -106,8 +106,8 @@ INSTRUCTIONS = {  # c, as the paper words it
     "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final answer above "
     "brevity. For straightforward problems, be direct: avoid unnecessary elaboration, redundant steps, or "
     "restating the problem. For difficult or multi-step problems, do NOT over-compress: keep every reasoning "
-    "step needed for correctness, including case analysis, edge cases, and a brief check of the final answer. "
-    "Never omit a step that the answer depends on.",
+    "step needed for correctness, including case analysis, edge cases, and a brief check of the final "
+    "answer. Never omit a step that the answer depends on.",
 }
 STEP_BY_STEP = "Solve the following math problem step by step."
 MATH_PROMPT = (
@@ -761,7 +761,7 @@ def whole_folder(path):
 
 
 def export_model(cfg, step, student, tokenizer, generation_config):
-    """step_N/: an ordinary Hugging Face folder in bf16, gathered tensor by tensor and written by one process."""
+    """step_N/: an ordinary Hugging Face folder in bf16, gathered tensor by tensor, written by one process."""
     weights = {}
     for name, p in student.state_dict().items():
         full = p.to(torch.bfloat16).full_tensor()
@@ -815,12 +815,11 @@ def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
         print("---")
     append(cfg, "rollouts.jsonl", records[: cfg.log_rollouts])
     append(cfg, "metrics.jsonl", [metrics])
+    figures = metrics | {"percent": 100 * metrics["truncated"], "left": timedelta(seconds=round(left))}
     note = "  update skipped: gradient not finite" if metrics["skipped"] else ""
     print(
         "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {percent:.1f} %  "
-        "entropy {entropy:.3f}  {seconds:.1f} s  left {left}".format(
-            **metrics, steps=cfg.steps, percent=100 * metrics["truncated"], left=timedelta(seconds=round(left))
-        )
+        "entropy {entropy:.3f}  {seconds:.1f} s  left {left}".format(steps=cfg.steps, **figures)
         + note,
         flush=True,
     )

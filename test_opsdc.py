@@ -263,8 +263,10 @@ def test_gradient_is_the_same_however_the_batch_is_split(tied):
         )
     loss.backward()
     exact = {name: p.grad for name, p in exact_student.named_parameters()}
-    for micro_batch_size in (1, 2, 4):
+    for micro_batch_size, checkpointing in ((1, False), (2, False), (4, False), (2, True)):
         student, teacher = opsdc.shard(tiny(0, tied), CPU), opsdc.shard(tiny(1), CPU)
+        if checkpointing:  # as shard() does on GPUs
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         cfg = opsdc.Config(micro_batch_size=micro_batch_size)
         kl, _ = opsdc.accumulate_gradient(student, teacher, prompts, responses, cfg)
         assert sum(x.mean().item() for x in kl) / 4 == pytest.approx(loss.item(), rel=1e-5)
