@@ -50,7 +50,7 @@ class Config:
     )
     n: int = flag(
         8,
-        "samples per problem (paper: mean@8); under torchrun write -- before eval.py, or it claims --n itself",
+        "samples per problem (paper: mean@8); under torchrun put -- before eval.py, for it has an --n too",
     )
     temperature: float = flag(0.6, "sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
     top_p: float = flag(0.95, "nucleus sampling (paper: 0.95); 1 is off")
@@ -293,8 +293,8 @@ def sample_batches(cfg, batches, finished, model, tokenizer, part):
             text = tokenizer.decode(ids if truncated else ids[:-1])  # a tokenizer may call </think> special
             verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
             record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
-            record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids), "truncated": truncated}
-            records.append(record | verdicts)
+            record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids)}
+            records.append(record | {"truncated": truncated} | verdicts)
         with part.open("a", encoding="utf-8") as file:  # the first \n ends a line that a kill cut short
             file.write("\n" + "".join(json.dumps(record) + "\n" for record in records))
         tokens += sum(map(len, responses))
@@ -400,26 +400,15 @@ def table(results):
                 (f"{group} {value}", summary) for value, summary in summaries.items() if len(summaries) <= 10
             ]
     compared = "versus_baseline" in rows[0][1]
-    heads = [
-        "data",
-        "problems x samples",
-        "accuracy %",
-        "`Answer:` only",
-        "boxed only",
-        "response tokens",
-        "median",
-        "truncated %",
-    ]
+    heads = ["data", "problems x samples", "accuracy %", "`Answer:` only", "boxed only"]
+    heads += ["response tokens", "median", "truncated %"]
     heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for name, x in rows:
         cells = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
         cells += [plus_minus(x, f"accuracy_{kind}", 100) for kind in ("dual", "answer", "boxed")]
-        cells += [
-            plus_minus(x, "response_tokens", 1),
-            f"{x['response_tokens_median']:.0f}",
-            f"{100 * x['truncated']:.1f}",
-        ]
+        cells += [plus_minus(x, "response_tokens", 1), f"{x['response_tokens_median']:.0f}"]
+        cells += [f"{100 * x['truncated']:.1f}"]
         if compared:
             cells += [interval(x["versus_baseline"], key) for key in ("reduction", "accuracy_change")]
         lines.append(cells)
@@ -455,18 +444,14 @@ def evaluate(cfg):
     opsdc.start_process_group(rank, world, device)
 
     batches, finished = make_batches(cfg, problems), read_samples(out)
+    dist.barrier()  # all have read before one writes: they share out what is left by the same list
     if len(finished) < len(problems) * cfg.n:
         dtype = opsdc.compute_dtype(device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        ).to(device)
+        safe = dict(use_safetensors=True, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype, **safe).to(device)
         sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-        opsdc.set_sampling(
-            model,
-            tokenizer,
-            max_new_tokens=cap,
-            **(sampling if cfg.temperature else {"do_sample": False, "top_p": None}),
-        )
+        sampling = sampling if cfg.temperature else {"do_sample": False, "top_p": None}
+        opsdc.set_sampling(model, tokenizer, max_new_tokens=cap, **sampling)
         sample_batches(cfg, batches, finished, model, tokenizer, out / f"samples.{rank}.jsonl")
     dist.barrier()
     if rank == 0:

@@ -70,7 +70,7 @@ def flag(default, help):
 class Config:
     """Every setting, its default and its meaning; the command line is made from this."""
 
-    # from the paper (Section 4 and Appendix)
+    # the paper's settings
     model: str = flag("Qwen/Qwen3-8B", "hub name or local folder of the model (paper: Qwen3-8B, -14B)")
     data: str = flag(
         "YouJiacheng/DAPO-Math-17k-dedup",
