@@ -202,16 +202,10 @@ class DivergenceLoss(torch.autograd.Function):
     ):
         # student_hidden, teacher_hidden [N, H]; student_head, teacher_head [V, H]; weight [N]
         grad_hidden = torch.empty_like(student_hidden)
-        grad_head = torch.zeros_like(
-            student_head, dtype=torch.float32
-        )  # bf16 sums over chunks would lose bits
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # a bf16 sum over chunks loses bits
         losses, entropies = [], []
-        for student_h, teacher_h, w, grad_h in zip(
-            student_hidden.split(chunk),
-            teacher_hidden.split(chunk),
-            weight.split(chunk),
-            grad_hidden.split(chunk),
-        ):
+        by_token = student_hidden, teacher_hidden, weight, grad_hidden
+        for student_h, teacher_h, w, grad_h in zip(*(x.split(chunk) for x in by_token)):
             student_logits = (student_h @ student_head.T).float() / temperature  # [chunk, V]
             teacher_logits = (teacher_h @ teacher_head.T).float() / temperature
             loss, grad, entropy = divergence(student_logits, teacher_logits, kind)  # [7]
@@ -235,8 +229,7 @@ CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with half
 
 
 def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
-    """Eq. 1 on B sequences -> loss (the mean of L_i, nats per token, with gradient), B x kl [T], B x entropy
-    [T].
+    """Eq. 1 on B sequences -> loss (mean of L_i, nats per token, with gradient), B x kl [T], B x entropy [T].
 
     prompts: B pairs of token ids, the student's and the teacher's; responses: B lists of token ids.
     """
@@ -244,9 +237,8 @@ def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
     with torch.no_grad():
         teacher_hidden, teacher_head = response_states(teacher, [xc for _, xc in prompts], responses)  # [6]
     lengths = [len(response) for response in responses]
-    weight = torch.cat([torch.full((T,), 1 / (T * len(lengths))) for T in lengths]).to(
-        student_hidden.device
-    )  # [8]
+    weight = torch.cat([torch.full((T,), 1 / (T * len(lengths))) for T in lengths])  # [8]
+    weight = weight.to(student_hidden.device)
     chunk = max(1, CHUNK_LOGITS // student_head.shape[0])  # tokens
     loss, kl, entropy = DivergenceLoss.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, weight, kind, temperature, chunk
@@ -255,8 +247,7 @@ def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
 
 
 def response_states(model, prompts, responses):
-    """The last hidden states from which each response token is predicted, end to end -> [N, H], LM head [V,
-    H].
+    """The hidden states that predict the response tokens, end to end -> [N, H], and the LM head [V, H].
 
     Prompt and response are padded on the right, where causal attention never looks, so no mask is needed. The
     two roles' prompts differ in length: positions are picked per sequence, and token t of a response is
