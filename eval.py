@@ -270,17 +270,10 @@ def make_batches(cfg, problems):
     return [wanted[at : at + cfg.batch_size] for at in range(0, len(wanted), cfg.batch_size)]
 
 
-def key_of(problem, i):
-    return problem.data, problem.number, i
-
-
 def sample_batches(cfg, batches, finished, model, tokenizer, part):
     """Generate, grade and append to the file `part`, each batch in one write."""
-    todo = [
-        (b, batch)
-        for b, batch in enumerate(batches)
-        if not all(key_of(*wanted) in finished for wanted in batch)
-    ]
+    missing = [any((x.data, x.number, i) not in finished for x, i in batch) for batch in batches]
+    todo = [(b, batch) for b, batch in enumerate(batches) if missing[b]]
     mine = todo[dist.get_rank() :: dist.get_world_size()]
     bar = tqdm(total=sum(len(batch) for _, batch in mine), unit="response", disable=dist.get_rank() > 0)
     began, tokens = time.time(), 0
@@ -481,11 +474,9 @@ def open_run(cfg, out):
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
-        changed = [
-            f"--{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v
-        ]
+        changed = opsdc.changed_settings(before, settings)
         if changed:
-            fail(f"--out {out} holds samples of other settings ({'; '.join(changed)}): choose another folder")
+            fail(f"--out {out} holds samples of other settings ({changed}): choose another folder")
     return opsdc.write_config(out, settings)
 
 
@@ -506,15 +497,13 @@ def load_baseline(cfg, problems):
 
 
 def check_settings(cfg):
-    for names, holds, rule in (
+    opsdc.check_ranges(
+        cfg,
         ("n max_response_tokens batch_size", lambda x: x >= 1, "at least 1"),
         ("temperature top_k limit", lambda x: x >= 0, "0 or more"),
         ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("model data", lambda x: x.strip(), "something other than empty"),
-    ):
-        for name in names.split():
-            if not holds(getattr(cfg, name)):
-                fail(f"--{name} is {getattr(cfg, name)!r}, must be {rule}")
+    )
     if cfg.temperature == 0 and cfg.n > 1:
         fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
     if len(set(cfg.data.split(","))) < len(cfg.data.split(",")):

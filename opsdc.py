@@ -626,11 +626,14 @@ def open_run(cfg):
         before = json.loads((out / "config.json").read_text())
         # steps may grow; the others decide where and how, not what
         free = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
-        differ = {k for k in config if k not in free and before.get(k) != config[k]}
-        changed = [f"--{k} was {before.get(k)}, is {config[k]}" for k in config if k in differ]
+        changed = changed_settings(before, {k: v for k, v in config.items() if k not in free})
         if changed:
-            fail(f"--resume: settings differ from those of the run in {out}: {'; '.join(changed)}")
+            fail(f"--resume: settings differ from those of the run in {out}: {changed}")
     write_config(out, config)
+
+
+def changed_settings(before, now):
+    return "; ".join(f"--{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
 def write_config(out, config):
@@ -836,20 +839,26 @@ def parse_args(config_class, description, argv=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def check_ranges(cfg, *rules):
+    """rules: (names of settings, a test that each value must pass, what to say of one that does not)."""
+    for names, holds, rule in rules:
+        for name in names.split():
+            if not holds(getattr(cfg, name)):
+                fail(f"--{name} is {getattr(cfg, name)!r}, must be {rule}")
+
+
 def check_settings(cfg, world):
     """Numbers in range, and a batch that divides evenly, before anything is loaded."""
     counts = "steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every"
-    for names, holds, rule in (
+    check_ranges(
+        cfg,
         (counts, lambda x: x >= 1, "at least 1"),
         ("refresh_every log_rollouts", lambda x: x >= 0, "0 or more"),
         ("temperature lr grad_clip", lambda x: 0 < x < math.inf, "above 0"),
         ("weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
         ("divergence", lambda x: x in ("reverse_kl", "forward_kl", "jsd"), "reverse_kl, forward_kl or jsd"),
         ("instruction model data out", lambda x: x.strip(), "something other than empty"),
-    ):
-        for name in names.split():
-            if not holds(getattr(cfg, name)):
-                fail(f"--{name} is {getattr(cfg, name)!r}, must be {rule}")
+    )
     unit = world * cfg.micro_batch_size
     if cfg.batch_size % unit:
         fail(
