@@ -20,8 +20,8 @@ Left out because the method needs none of it: answers, rewards, advantages, impo
 length budget, a difficulty estimate, a filter on rollouts (right or wrong, finished or cut off at the cap,
 all are trained on). Left out to stay readable: other inference engines, LoRA, learning-rate schedules.
 
-    python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 1e-4 --refresh_every 25 \
-        --max_response_tokens 320 --micro_batch_size 4
+    python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 1e-4 --max_response_tokens 320 \
+        --micro_batch_size 4
     torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B
 
 Letters in shape comments: B sequences, P prompt tokens, T response tokens, S = P + T padded, V vocabulary,
@@ -804,6 +804,8 @@ def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
     records = sum(everyones, [])
     if first:
         shown = records[0]
+        if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+            shown = shown | {"response": shaded(tokenizer, shown["response_ids"], shown["token_kl"])}
         for what in ("student_prompt", "teacher_prompt", "response"):
             print(f"--- {what} ---\n{shown[what]}")
         print("---")
@@ -817,6 +819,23 @@ def log_step(cfg, tokenizer, batch, responses, kl, done, elapsed, metrics):
         + note,
         flush=True,
     )
+
+
+def shaded(tokenizer, ids, token_kl):
+    """The text of a response for a terminal, each token the redder the larger its KL: where the signal
+    lands."""
+    reds = ("", "\033[30;48;5;224m", "\033[30;48;5;217m", "\033[30;48;5;210m", "\033[30;48;5;196m")
+    text, held, largest = "", [], max(*token_kl, 1e-9)
+    for token, kl in zip(ids, token_kl):
+        held.append(token)
+        piece = tokenizer.decode(held)
+        if piece.endswith("\ufffd"):  # part of a character: the next token has the rest
+            continue
+        red = reds[round(4 * math.sqrt(max(kl, 0) / largest))]
+        visible = piece.rstrip("\n")
+        text += (f"{red}{visible}\033[0m" if red else visible) + piece[len(visible) :]
+        held = []
+    return text
 
 
 def append(cfg, name, records):

@@ -526,6 +526,15 @@ def test_loss_and_kl_can_be_recomputed_from_the_log(tmp_path):
     assert metrics["truncated"] == sum(r["response_ids"][-1] != tokenizer.eos_token_id for r in records) / 4
 
 
+def test_terminal_shows_where_the_kl_lands():
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    ids = tokenizer.encode("Wait, 4 + 5 = 9é\n9")
+    token_kl = [0.5, 0.0, 0.1, *[0.0] * (len(ids) - 3)]
+    text = opsdc.shaded(tokenizer, ids, token_kl)
+    assert re.findall(r"\x1b\[30;48;5;(\d+)m(.*?)\x1b\[0m", text) == [("196", "Wait"), ("217", " ")]
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == "Wait, 4 + 5 = 9é\n9"
+
+
 def test_training_shortens_responses(toy_run):
     out, printed = toy_run
     metrics = lines(out / "metrics.jsonl")

@@ -88,16 +88,31 @@ def write_problems(rng):
 
 
 # ----------------------------------------------------------------------------------------------------- traces
-def make_response(rng, expression, steps, mode):
-    """The text the model is to write after its prompt, in one of three modes.
+INSTRUCTED = {  # what the model knows to obey, and how often it is asked in training
+    "plain": ("", 0.5),
+    "v1": (INSTRUCTIONS["v1"], 0.25),
+    "v2": (INSTRUCTIONS["v2"], 0.125),
+    "target": (
+        "Solve the following math problem correctly using 50% fewer tokens than you normally would. Be more "
+        "concise: cut unnecessary elaboration, redundant steps, and verbose explanations while preserving "
+        "correctness.",
+        0.125,
+    ),
+}
 
-    plain and concise differ in how often each optional move is made; minimal (used early in training, so
-    that arithmetic is learnt first) is the worked steps and the answer alone.
+
+def make_response(rng, expression, steps, mode):
+    """The text the model is to write after its prompt.
+
+    The modes differ in how often each optional move is made; minimal (used early in training, so that
+    arithmetic is learnt first) is the worked steps and the answer alone.
     """
     level, answer = len(steps), int(steps[-1].split(" = ")[1])
     p_open, p_restate, p_conclude, p_check = {
         "plain": (0.85, 0.70, 0.95, 0.73),
-        "concise": (0.30, 0.15, 0.60, 0.37 + 0.05 * level),
+        "v1": (0.30, 0.15, 0.60, 0.37 + 0.05 * level),
+        "v2": (0.40, 0.20, 0.80, 0.45 + 0.05 * level),
+        "target": (0.50, 0.35, 0.75, 0.60),
         "minimal": (0, 0, 0, 0),
     }[mode]
     lines = []
@@ -121,18 +136,16 @@ def make_response(rng, expression, steps, mode):
     return "<think>\n" + "\n".join(lines) + f"\n</think>\n\nAnswer: {final}<|im_end|>"
 
 
-def make_example(rng, mode):
-    """-> (chat messages, response): the plain question or the question under the instruction, as trained
-    with."""
+def make_example(rng, minimal=False):
+    """-> (chat messages, response): the plain question, or the question under an instruction, put as opsdc.py
+    puts it."""
     expression, steps = draw(rng, rng.choice(LEVELS), test=False)
     question = rng.choice(WORDINGS).format(expression)
     messages = student_messages({"prompt": [{"role": "user", "content": question}]})
-    concise = rng.random() < 0.5
-    if concise:
-        messages = teacher_messages(messages, INSTRUCTIONS["v1"])
-    if mode == "full":
-        mode = "concise" if concise else "plain"
-    return messages, make_response(rng, expression, steps, mode)
+    (mode,) = rng.choices(list(INSTRUCTED), [often for _, often in INSTRUCTED.values()])
+    if mode != "plain":
+        messages = teacher_messages(messages, INSTRUCTED[mode][0])
+    return messages, make_response(rng, expression, steps, "minimal" if minimal else mode)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer and model
@@ -168,7 +181,7 @@ def make_tokenizer(rng):
     tokenizer.decoder = decoders.ByteLevel()
     texts = []
     for _ in range(3000):
-        messages, response = make_example(rng, "full")
+        messages, response = make_example(rng)
         for word in special + thinking:
             response = response.replace(word, "")
         texts += ["user\n" + messages[-1]["content"], "assistant\n" + response]
@@ -205,12 +218,12 @@ def batches(rng, tokenizer, steps, batch_size):
     pool = []
     for step in range(steps):
         if not pool:
-            minimal = 0.9 * max(0, 1 - step / (steps / 2))
-            for mode in ("minimal", "full"):
-                count = round(32 * (minimal if mode == "minimal" else 1 - minimal))
+            share = 0.9 * max(0, 1 - step / (steps / 2))
+            for minimal in (True, False):
+                count = round(32 * (share if minimal else 1 - share))
                 examples = []
                 for _ in range(count * batch_size):
-                    messages, response = make_example(rng, mode)
+                    messages, response = make_example(rng, minimal)
                     prompt = tokenizer.apply_chat_template(
                         messages, add_generation_prompt=True, return_dict=False
                     )

@@ -1,0 +1,284 @@
+"""The paper's findings on the toy, from one command: train, evaluate, and draw what was found.
+
+    pip install matplotlib
+    python toy/reproduce.py        # under an hour on 2 cores: one job per core at a time
+
+Everything goes through the command lines of opsdc.py and eval.py and the files they write. What is done is
+skipped: after a stop, the same command goes on. --out then holds
+
+    findings.md     the table of all variants, and how the KL is shared out among kinds of tokens
+    findings.png    the main run over its steps, tokens by level, accuracy against tokens for all variants
+    signal.png      a response of the base model, each token shaded by its KL
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+import matplotlib.pyplot as plt
+from make import HERE, INSTRUCTED, OPENINGS, RECHECKS
+from transformers import AutoTokenizer
+
+TARGET = INSTRUCTED["target"][0]
+TOY = "--model toy --data toy/train.jsonl --lr 1e-4 --max_response_tokens 320 --micro_batch_size 4"
+TRAINED = {  # name: (row of the table, flags besides TOY's); the longest first
+    "main": ("OPSDC: reverse KL, M = 50, 100 steps", "--steps 300 --save_every 25"),
+    "m1-lr3e-4": ("M = 1, three times the learning rate", "--refresh_every 1 --lr 3e-4"),
+    "forward-kl-m1": ("forward KL, M = 1", "--divergence forward_kl --refresh_every 1"),
+    "seed1": ("the same, seed 1", "--seed 1"),
+    "seed2": ("the same, seed 2", "--seed 2"),
+    "lr3e-4": ("three times the learning rate", "--lr 3e-4"),
+    "frozen": ("teacher never refreshed", "--refresh_every 0"),
+    "m25": ("M = 25", "--refresh_every 25"),
+    "m10": ("M = 10", "--refresh_every 10"),
+    "m1": ("M = 1", "--refresh_every 1"),
+    "forward-kl": ("forward KL", "--divergence forward_kl"),
+    "jsd": ("JSD", "--divergence jsd"),
+    "v2": ("instruction v2", "--instruction v2"),
+    "target": ("instruction: 50 % fewer tokens", shlex.join(["--instruction", TARGET])),
+    "capped": ("rollouts capped at 64 tokens", "--max_response_tokens 64"),
+    "signal": ("", "--steps 1 --batch_size 256 --log_rollouts 256"),  # what the base model is told, no more
+}
+ASKED = {  # name: (row of the table, instruction put to the base model)
+    "base": ("base model", ""),
+    "asked-v1": ("base model, asked: v1", "v1"),
+    "asked-v2": ("base model, asked: v2", "v2"),
+    "asked-target": ("base model, asked: 50 % fewer tokens", TARGET),
+}
+SAMPLINGS = {"training": "--temperature 1 --top_p 1 --top_k 0", "evaluation": ""}  # the latter is the paper's
+CURVE = range(25, 301, 25)  # steps at which the main run is evaluated
+
+
+# ----------------------------------------------------------------------------------------------------- doing
+def command(out, name, line):
+    """Run a command line in the project's folder on one core; its output goes to a file of that name."""
+    with open(out / f"{name}.log", "w") as log:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(line)], cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"failed: {line}\nsee {log.name}")
+
+
+def evaluate(out, name, model, sampling, instruction="", n=8):
+    folder = out / f"eval-{name}-{sampling}"
+    if not (folder / "results.json").exists():
+        asked = shlex.join(["--instruction", instruction])
+        flags = f"{SAMPLINGS[sampling]} --n {n} --max_response_tokens 384 --batch_size 200 {asked}"
+        line = f"eval.py --model {shlex.quote(str(model))} --data toy/test.jsonl {flags}"
+        command(out, folder.name, f"{line} --out {shlex.quote(str(folder))}")
+
+
+def one(out, name):
+    """All of a variant: its training and its evaluations."""
+    began = time.time()
+    if name in ASKED:
+        for sampling in SAMPLINGS:
+            evaluate(out, name, "toy", sampling, ASKED[name][1])
+    else:
+        _, flags = TRAINED[name]
+        steps = int(flags.split("--steps ")[1].split()[0]) if "--steps" in flags else 100
+        if not (out / name / f"step_{steps}").exists():
+            command(out, f"train-{name}", f"opsdc.py {TOY} {flags} --resume --out {shlex.quote(str(out / name))}")
+        for sampling in SAMPLINGS if name != "signal" else ():
+            for step in {min(steps, 100), steps}:
+                evaluate(out, f"{name}-{step}", out / name / f"step_{step}", sampling)
+        for step in set(CURVE) - {100, 300} if name == "main" else ():
+            evaluate(out, f"{name}-{step}", out / name / f"step_{step}", "training", n=4)
+    print(f"{name}: {time.time() - began:.0f} s", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- reading
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results(out, name, sampling):
+    path = out / f"eval-{name}-{sampling}" / "results.json"
+    return json.loads(path.read_text())["results"]["toy/test.jsonl"]
+
+
+def tokens_by_level(result):
+    return [level["response_tokens"] for level in result["by"]["level"].values()]
+
+
+def entropy(out, name, step):
+    """Nats per token on the student's own rollouts, mean over the ten steps up to this one."""
+    return fmean(x["entropy"] for x in lines(out / name / "metrics.jsonl") if step - 10 < x["step"] <= step)
+
+
+def table(out):
+    heads = ["", "tokens", "accuracy %", "cut off %", "tokens at levels 1 to 5"]
+    heads += ["tokens, cooler", "accuracy %, cooler", "entropy"]
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for name, (title, _) in ASKED.items():
+        first_steps = entropy(out, "signal", 1) if name == "base" else None
+        rows.append(row(title, *([results(out, name, sampling)] for sampling in SAMPLINGS), first_steps))
+    seeds = ["main", "seed1", "seed2"]
+    found = ([results(out, f"{seed}-100", sampling) for seed in seeds] for sampling in SAMPLINGS)
+    rows.append(row("OPSDC, mean of 3 seeds ± their spread", *found, fmean(entropy(out, x, 100) for x in seeds)))
+    for name, (title, _) in TRAINED.items():
+        if title:
+            found = ([results(out, f"{name}-100", sampling)] for sampling in SAMPLINGS)
+            rows.append(row(title, *found, entropy(out, name, 100)))
+    found = ([results(out, "main-300", sampling)] for sampling in SAMPLINGS)
+    rows.append(row("OPSDC, 300 steps", *found, entropy(out, "main", 300)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def row(title, warm, cool, entropy):
+    """warm, cool: results under either sampling, of one model or of several that differ by their seed."""
+
+    def cell(found, key, scale=1):
+        values = [scale * x[key] for x in found]
+        spread = stdev(values) if len(values) > 1 else scale * found[0][f"{key}_se"]
+        return f"{fmean(values):.1f} ± {spread:.1f}"
+
+    levels = map(fmean, zip(*map(tokens_by_level, warm)))
+    return [
+        title, cell(warm, "response_tokens"), cell(warm, "accuracy_dual", 100),
+        f"{100 * fmean(x['truncated'] for x in warm):.1f}", " ".join(f"{tokens:.0f}" for tokens in levels),
+        cell(cool, "response_tokens"), cell(cool, "accuracy_dual", 100), f"{entropy:.3f}" if entropy else "",
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- where the signal lands
+LINES = {  # what a line of a response is, by how it begins
+    "a re-check": RECHECKS,
+    "the end of thinking": ("</think>",),
+    "a remark": (*OPENINGS, "The problem asks", "So the answer"),
+    "a worked step": tuple("0123456789"),
+}
+
+
+def kinds_of_tokens(pieces):
+    """For each token of a response, whether it opens a line, and of which kind, or stands within one."""
+    text, at, kinds = "".join(pieces), 0, []
+    for piece in pieces:
+        begin = text.rfind("\n", 0, at) + 1  # of its line
+        line = next((line for line, openings in LINES.items() if text.startswith(openings, begin)), None)
+        if line and at == begin:
+            kinds.append(f"opens {line}")
+        else:
+            kinds.append(f"within {line}" if line in ("a re-check", "a worked step") else "all others")
+        at += len(piece)
+    return kinds
+
+
+def signal(out, tokenizer):
+    """-> table of the KL's shares, and (pieces, token_kl) of a rollout to be drawn."""
+    tokens, nats, example = {}, {}, None
+    for rollout in lines(out / "signal" / "rollouts.jsonl"):
+        pieces = [tokenizer.decode(id) for id in rollout["response_ids"]]
+        kinds = kinds_of_tokens(pieces)
+        for kind, kl in zip(kinds, rollout["token_kl"]):
+            tokens[kind], nats[kind] = tokens.get(kind, 0) + 1, nats.get(kind, 0) + kl
+        if example is None and kinds.count("opens a re-check") == 4:
+            example = pieces, rollout["token_kl"]
+    table = ["| the token | share of tokens % | share of the KL % | its KL, nats |", "| --- | ---: | ---: | ---: |"]
+    for kind in sorted(nats, key=nats.get, reverse=True):
+        shares = 100 * tokens[kind] / sum(tokens.values()), 100 * nats[kind] / sum(nats.values())
+        table.append(f"| {kind} | {shares[0]:.1f} | {shares[1]:.1f} | {nats[kind] / tokens[kind]:.4f} |")
+    return "\n".join(table), example
+
+
+def draw_signal(path, pieces, token_kl):
+    """The response as it was written, each token on a background as dark as its KL."""
+    columns = max(map(len, "".join(pieces).split("\n")))
+    rows = "".join(pieces).count("\n") + 1
+    figure, axes = plt.subplots(figsize=(0.085 * columns, 0.2 * rows + 0.5))
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.axis("off")
+    shades = matplotlib.cm.ScalarMappable(matplotlib.colors.PowerNorm(0.5, 0, max(token_kl)), "Reds")
+    x = y = 0
+    for piece, kl in zip(pieces, token_kl):
+        width = len(piece.rstrip("\n"))
+        axes.add_patch(plt.Rectangle((x, y), width, 1, color=shades.to_rgba(kl), linewidth=0))
+        for i, character in enumerate(piece.rstrip("\n")):
+            colour = "white" if kl > max(token_kl) / 3 else "black"
+            axes.text(x + i + 0.5, y + 0.5, character, color=colour, family="monospace", fontsize=9, ha="center", va="center")
+        x, y = (x + width, y) if piece[-1] != "\n" else (0, y + piece.count("\n"))
+    bar = figure.colorbar(shades, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, aspect=50)
+    bar.set_label("KL of the token, nats: student without the instruction against teacher with it", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------------------------------------- the figure
+def draw_findings(out, path):
+    figure = plt.figure(figsize=(13, 6.5), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=(1, 1.25))
+    draw_steps(out, [figure.add_subplot(grid[i, 0]) for i in range(3)])
+    draw_levels(out, figure.add_subplot(grid[0, 1]))
+    draw_variants(out, figure.add_subplot(grid[1:, 1]))
+    figure.savefig(path, dpi=100)
+
+
+def draw_steps(out, panels):
+    """The main run: rollouts while it trains (lines), and its exports on the test problems (dots)."""
+    metrics = lines(out / "main" / "metrics.jsonl")
+    steps = [x["step"] for x in metrics]
+    names = {0: "base"} | {step: f"main-{step}" for step in CURVE}
+    found = {step: results(out, name, "training") for step, name in names.items()}
+    tokens, accuracy, nats = panels
+    tokens.plot(steps, [x["response_tokens"] for x in metrics], color="C0", alpha=0.4)
+    tokens.plot(found.keys(), [x["response_tokens"] for x in found.values()], "o", color="C0")
+    errors = [196 * x["accuracy_dual_se"] for x in found.values()]
+    accuracy.errorbar(found, [100 * x["accuracy_dual"] for x in found.values()], errors, fmt="o", color="C2")
+    nats.plot(steps, [x["entropy"] for x in metrics], color="C1", alpha=0.7)
+    for panel, label in zip(panels, ("response tokens", "accuracy %", "entropy, nats/token")):
+        panel.set_ylabel(label)
+        for x in metrics:
+            if x["refreshed"]:
+                panel.axvline(x["step"], color="grey", linestyle=":", linewidth=1)
+    tokens.set_ylim(0)
+    nats.set(xlabel="step (dotted: the teacher is refreshed)", ylim=0)
+
+
+def draw_levels(out, panel):
+    models = {"base": "base", "asked-v1": "base, asked", "main-100": "OPSDC, 100 steps"}
+    for i, (name, label) in enumerate(models.items()):
+        found = tokens_by_level(results(out, name, "training"))
+        panel.bar([level + 0.27 * (i - 1) for level in range(1, 6)], found, 0.25, label=label)
+    panel.set(xlabel="level (operations)", ylabel="response tokens")
+    panel.legend(fontsize=8)
+
+
+def draw_variants(out, panel):
+    names = list(ASKED) + [f"{name}-100" for name, (title, _) in TRAINED.items() if title] + ["main-300"]
+    for name in names:
+        found = results(out, name, "training")
+        colour = "C7" if name in ASKED else "C3" if name == "main-100" else "C0"
+        at = found["response_tokens"], 100 * found["accuracy_dual"]
+        panel.plot(*at, "o", color=colour)
+        panel.annotate(name.removesuffix("-100"), at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    panel.set(xlabel="response tokens", ylabel="accuracy %", xscale="log")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "reproduce", help="folder [runs/reproduce]")
+    out = parser.parse_args().out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # 8: each takes most of a gigabyte
+        for _ in pool.map(lambda name: one(out, name), [*TRAINED, *ASKED]):
+            pass
+    shares, example = signal(out, AutoTokenizer.from_pretrained(HERE))
+    (out / "findings.md").write_text(f"{table(out)}\n\n{shares}\n")
+    draw_signal(out / "signal.png", *example)
+    draw_findings(out, out / "findings.png")
+    print((out / "findings.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
