@@ -166,10 +166,10 @@ def divergence(student_logits, teacher_logits, kind):
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     q = log_q.exp()
     entropy = -dot(q, log_q)
-    if kind == "reverse_kl":  # KL(q || p), Eq. 1
-        log_ratio = log_q - log_p
+    if kind == "reverse_kl":  # KL(q || p), Eq. 1; in place: making a tensor costs more than this arithmetic
+        log_ratio = log_q.sub_(log_p)
         loss = dot(q, log_ratio)
-        grad = q * (log_ratio - loss[:, None])
+        grad = q.mul_(log_ratio.sub_(loss[:, None]))
     elif kind == "forward_kl":  # KL(p || q)
         p = log_p.exp()
         loss = dot(p, log_p - log_q)
@@ -206,12 +206,15 @@ class DivergenceLoss(torch.autograd.Function):
         losses, entropies = [], []
         by_token = student_hidden, teacher_hidden, weight, grad_hidden
         for student_h, teacher_h, w, grad_h in zip(*(x.split(chunk) for x in by_token)):
-            student_logits = (student_h @ student_head.T).float() / temperature  # [chunk, V]
-            teacher_logits = (teacher_h @ teacher_head.T).float() / temperature
+            student_logits = (student_h @ student_head.T).float().div_(temperature)  # [chunk, V]
+            teacher_logits = (teacher_h @ teacher_head.T).float().div_(temperature)
             loss, grad, entropy = divergence(student_logits, teacher_logits, kind)  # [7]
-            grad = (grad * (w[:, None] / temperature)).to(student_head.dtype)
+            grad = grad.mul_(w[:, None] / temperature).to(student_head.dtype)
             grad_h.copy_(grad @ student_head)
-            grad_head += grad.T @ student_h
+            if grad.dtype == grad_head.dtype:
+                grad_head.addmm_(grad.T, student_h)  # spares a second [V, H], made and added for every chunk
+            else:
+                grad_head += grad.T @ student_h
             losses.append(loss)
             entropies.append(entropy)
         ctx.grads = grad_hidden, grad_head.to(student_head.dtype)
@@ -222,6 +225,7 @@ class DivergenceLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         grad_hidden, grad_head = ctx.grads
+        del ctx.grads  # what nobody else holds becomes .grad as it is, not as a copy
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
 
 
@@ -305,16 +309,21 @@ def set_sampling(model, tokenizer, **settings):
 
 @contextmanager
 def gathered(model):
-    """All weights on every process for a while: otherwise each generated token would all-gather the whole
-    model, and processes could not finish at different times. Only within: the optimizer works on shards."""
+    """All weights on every process for a while, as a plain model: otherwise each generated token would
+    all-gather the whole model, and processes could not finish at different times. Only within: the optimizer
+    works on shards."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    hooks = [hooks for unit in units for hooks in (unit._forward_pre_hooks, unit._forward_hooks)]
+    put_back = [dict(some) for some in hooks]  # FSDP's own, idle here and yet a tenth of the toy's rollout
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    for some in hooks:
+        some.clear()
     yield
+    for some, before in zip(hooks, put_back):
+        some.update(before)
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
 # --------------------------------------------------------------------------------------------------- training

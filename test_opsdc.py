@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -441,6 +442,24 @@ def test_defaults_are_the_papers():
     )
 
 
+def test_readme_links_lead_to_what_they_name():
+    code = (HERE / "opsdc.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(opsdc\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 10
+    for name, number in links:
+        assert re.match(rf"(def|class) {name}\b", code[int(number) - 1]), (name, number)
+
+
+def test_readme_commands_are_understood():
+    readme = (HERE / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))
+    commands = re.findall(r"(?<=\b)(opsdc|eval)\.py (--[^&\n]*)", blocks)
+    assert len(commands) > 5
+    for script, flags in commands:
+        config = {"opsdc": opsdc, "eval": evaluation}[script].Config
+        opsdc.parse_args(config, "", shlex.split(flags))
+
+
 def test_algorithm_1_is_tagged_line_by_line():
     text = (HERE / "opsdc.py").read_text()
     code = text.replace(opsdc.__doc__, "")
@@ -844,7 +863,7 @@ ROWS = {
     (("--model", "DATA/no-weights"), "--model DATA/no-weights: the folder has no weights"),
     (("--model", "DATA/no-tokenizer"), "--model DATA/no-tokenizer: the folder has no tokenizer"),
     (("--model", "DATA/no-template"), "--model DATA/no-template: its tokenizer has no chat template"),
-    (("--model", "DATA/small"), "--model DATA/small: its tokenizer has 487 words, its vocabulary 400"),
+    (("--model", "DATA/small"), "--model DATA/small: its tokenizer has 512 words, its vocabulary 400"),
     (("--out", "DATA/good.jsonl/run"), "--out DATA/good.jsonl/run cannot be written: Not a directory"),
 ))  # fmt: skip
 def test_wrong_input_is_one_line_and_code_2(flags, message, tmp_path, capsys, monkeypatch):

@@ -30,18 +30,18 @@ from transformers import AutoTokenizer
 
 TARGET = INSTRUCTED["target"][0]
 TOY = "--model toy --data toy/train.jsonl --lr 1e-4 --max_response_tokens 320 --micro_batch_size 4"
-TRAINED = {  # name: (row of the table, flags besides TOY's); the longest first
+TRAINED = {  # name: (row of the table, flags besides TOY's)
     "main": ("OPSDC: reverse KL, M = 50, 100 steps", "--steps 300 --save_every 25"),
-    "m1-lr3e-4": ("M = 1, three times the learning rate", "--refresh_every 1 --lr 3e-4"),
-    "forward-kl-m1": ("forward KL, M = 1", "--divergence forward_kl --refresh_every 1"),
-    "seed1": ("the same, seed 1", "--seed 1"),
-    "seed2": ("the same, seed 2", "--seed 2"),
-    "lr3e-4": ("three times the learning rate", "--lr 3e-4"),
+    "seed1": ("OPSDC, seed 1", "--seed 1"),
+    "seed2": ("OPSDC, seed 2", "--seed 2"),
     "frozen": ("teacher never refreshed", "--refresh_every 0"),
     "m25": ("M = 25", "--refresh_every 25"),
     "m10": ("M = 10", "--refresh_every 10"),
     "m1": ("M = 1", "--refresh_every 1"),
+    "lr3e-4": ("three times the learning rate", "--lr 3e-4"),
+    "m1-lr3e-4": ("three times the learning rate, M = 1", "--refresh_every 1 --lr 3e-4"),
     "forward-kl": ("forward KL", "--divergence forward_kl"),
+    "forward-kl-m1": ("forward KL, M = 1", "--divergence forward_kl --refresh_every 1"),
     "jsd": ("JSD", "--divergence jsd"),
     "v2": ("instruction v2", "--instruction v2"),
     "target": ("instruction: 50 % fewer tokens", shlex.join(["--instruction", TARGET])),
@@ -56,6 +56,8 @@ ASKED = {  # name: (row of the table, instruction put to the base model)
 }
 SAMPLINGS = {"training": "--temperature 1 --top_p 1 --top_k 0", "evaluation": ""}  # the latter is the paper's
 CURVE = range(25, 301, 25)  # steps at which the main run is evaluated
+ONE_CORE = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+# (The latter two keep freed memory; else generate's growing cache makes the kernel half of an evaluation.)
 
 
 # ----------------------------------------------------------------------------------------------------- doing
@@ -63,7 +65,7 @@ def command(out, name, line):
     """Run a command line in the project's folder on one core; its output goes to a file of that name."""
     with open(out / f"{name}.log", "w") as log:
         done = subprocess.run(
-            [sys.executable, *shlex.split(line)], cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, *shlex.split(line)], cwd=HERE.parent, env=os.environ | ONE_CORE,
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     if done.returncode:
@@ -95,7 +97,7 @@ def one(out, name):
                 evaluate(out, f"{name}-{step}", out / name / f"step_{step}", sampling)
         for step in set(CURVE) - {100, 300} if name == "main" else ():
             evaluate(out, f"{name}-{step}", out / name / f"step_{step}", "training", n=4)
-    print(f"{name}: {time.time() - began:.0f} s", flush=True)
+    sys.stdout.write(f"{name}: {time.time() - began:.0f} s\n")
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -232,9 +234,9 @@ def draw_steps(out, panels):
     found = {step: results(out, name, "training") for step, name in names.items()}
     tokens, accuracy, nats = panels
     tokens.plot(steps, [x["response_tokens"] for x in metrics], color="C0", alpha=0.4)
-    tokens.plot(found.keys(), [x["response_tokens"] for x in found.values()], "o", color="C0")
+    tokens.plot(list(found), [x["response_tokens"] for x in found.values()], "o", color="C0")
     errors = [196 * x["accuracy_dual_se"] for x in found.values()]
-    accuracy.errorbar(found, [100 * x["accuracy_dual"] for x in found.values()], errors, fmt="o", color="C2")
+    accuracy.errorbar(list(found), [100 * x["accuracy_dual"] for x in found.values()], errors, fmt="o", color="C2")
     nats.plot(steps, [x["entropy"] for x in metrics], color="C1", alpha=0.7)
     for panel, label in zip(panels, ("response tokens", "accuracy %", "entropy, nats/token")):
         panel.set_ylabel(label)
@@ -251,18 +253,31 @@ def draw_levels(out, panel):
         found = tokens_by_level(results(out, name, "training"))
         panel.bar([level + 0.27 * (i - 1) for level in range(1, 6)], found, 0.25, label=label)
     panel.set(xlabel="level (operations)", ylabel="response tokens")
-    panel.legend(fontsize=8)
+    panel.margins(y=0.3)
+    panel.legend(fontsize=8, ncols=3, loc="upper left")
 
 
 def draw_variants(out, panel):
     names = list(ASKED) + [f"{name}-100" for name, (title, _) in TRAINED.items() if title] + ["main-300"]
-    for name in names:
-        found = results(out, name, "training")
-        colour = "C7" if name in ASKED else "C3" if name == "main-100" else "C0"
-        at = found["response_tokens"], 100 * found["accuracy_dual"]
-        panel.plot(*at, "o", color=colour)
-        panel.annotate(name.removesuffix("-100"), at, xytext=(4, 3), textcoords="offset points", fontsize=7)
-    panel.set(xlabel="response tokens", ylabel="accuracy %", xscale="log")
+    found = {name: results(out, name, "training") for name in names}
+    labels = []
+    for name in sorted(names, key=lambda name: -found[name]["accuracy_dual"]):
+        x, y = found[name]["response_tokens"], 100 * found[name]["accuracy_dual"]
+        colour = "C7" if name in ASKED else "C3" if name in ("main-100", "seed1-100", "seed2-100") else "C0"
+        label_y = y
+        while any(abs(math.log(x / other)) < 0.17 and abs(label_y - taken) < 4.5 for other, taken in labels):
+            label_y -= 0.5
+        labels.append((x, label_y))
+        panel.plot(x, y, "o", color=colour, markersize=5)
+        label = name.removesuffix("-100").replace("main", "OPSDC")
+        panel.annotate(
+            label, (x, y), (1.04 * x, label_y), color=colour, fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": "lightgrey", "linewidth": 0.5},
+        )  # fmt: skip
+    ticks = (40, 60, 80, 120, 200, 400)
+    panel.set(xlabel="response tokens", ylabel="accuracy %", xscale="log", xlim=(36, 560))
+    panel.set_xticks(ticks, ticks)
+    panel.minorticks_off()
 
 
 def main():
