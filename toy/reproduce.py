@@ -157,7 +157,7 @@ def row(title, warm, cool, entropy):
 # -------------------------------------------------------------------------------------- where the signal lands
 LINES = {  # what a line of a response is, by how it begins
     "a re-check": RECHECKS,
-    "the end of thinking": ("</think>",),
+    "the end of the thinking": ("</think>",),
     "a remark": (*OPENINGS, "The problem asks", "So the answer"),
     "a worked step": tuple("0123456789"),
 }
