@@ -56,8 +56,9 @@ ASKED = {  # name: (row of the table, instruction put to the base model)
 }
 SAMPLINGS = {"training": "--temperature 1 --top_p 1 --top_k 0", "evaluation": ""}  # the latter is the paper's
 CURVE = range(25, 301, 25)  # steps at which the main run is evaluated
-ONE_CORE = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-# (The latter two keep freed memory; else generate's growing cache makes the kernel half of an evaluation.)
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
+# glibc is to keep what is freed: else giving back and clearing memory is nearly half of an evaluation
+ONE_CORE |= {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
 
 # ----------------------------------------------------------------------------------------------------- doing
@@ -91,7 +92,8 @@ def one(out, name):
         _, flags = TRAINED[name]
         steps = int(flags.split("--steps ")[1].split()[0]) if "--steps" in flags else 100
         if not (out / name / f"step_{steps}").exists():
-            command(out, f"train-{name}", f"opsdc.py {TOY} {flags} --resume --out {shlex.quote(str(out / name))}")
+            line = f"opsdc.py {TOY} {flags} --resume --out {shlex.quote(str(out / name))}"
+            command(out, f"train-{name}", line)
         for sampling in SAMPLINGS if name != "signal" else ():
             for step in {min(steps, 100), steps}:
                 evaluate(out, f"{name}-{step}", out / name / f"step_{step}", sampling)
@@ -128,7 +130,8 @@ def table(out):
         rows.append(row(title, *([results(out, name, sampling)] for sampling in SAMPLINGS), first_steps))
     seeds = ["main", "seed1", "seed2"]
     found = ([results(out, f"{seed}-100", sampling) for seed in seeds] for sampling in SAMPLINGS)
-    rows.append(row("OPSDC, mean of 3 seeds ± their spread", *found, fmean(entropy(out, x, 100) for x in seeds)))
+    seeds_entropy = fmean(entropy(out, seed, 100) for seed in seeds)
+    rows.append(row("OPSDC, mean of 3 seeds ± their spread", *found, seeds_entropy))
     for name, (title, _) in TRAINED.items():
         if title:
             found = ([results(out, f"{name}-100", sampling)] for sampling in SAMPLINGS)
@@ -187,7 +190,8 @@ def signal(out, tokenizer):
             tokens[kind], nats[kind] = tokens.get(kind, 0) + 1, nats.get(kind, 0) + kl
         if example is None and kinds.count("opens a re-check") == 4:
             example = pieces, rollout["token_kl"]
-    table = ["| the token | share of tokens % | share of the KL % | its KL, nats |", "| --- | ---: | ---: | ---: |"]
+    table = ["| the token | share of tokens % | share of the KL % | its KL, nats |"]
+    table += ["| --- | ---: | ---: | ---: |"]
     for kind in sorted(nats, key=nats.get, reverse=True):
         shares = 100 * tokens[kind] / sum(tokens.values()), 100 * nats[kind] / sum(nats.values())
         table.append(f"| {kind} | {shares[0]:.1f} | {shares[1]:.1f} | {nats[kind] / tokens[kind]:.4f} |")
@@ -206,9 +210,10 @@ def draw_signal(path, pieces, token_kl):
     for piece, kl in zip(pieces, token_kl):
         width = len(piece.rstrip("\n"))
         axes.add_patch(plt.Rectangle((x, y), width, 1, color=shades.to_rgba(kl), linewidth=0))
+        font = {"family": "monospace", "fontsize": 9, "ha": "center", "va": "center"}
+        font["color"] = "white" if kl > max(token_kl) / 3 else "black"
         for i, character in enumerate(piece.rstrip("\n")):
-            colour = "white" if kl > max(token_kl) / 3 else "black"
-            axes.text(x + i + 0.5, y + 0.5, character, color=colour, family="monospace", fontsize=9, ha="center", va="center")
+            axes.text(x + i + 0.5, y + 0.5, character, **font)
         x, y = (x + width, y) if piece[-1] != "\n" else (0, y + piece.count("\n"))
     bar = figure.colorbar(shades, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, aspect=50)
     bar.set_label("KL of the token, nats: student without the instruction against teacher with it", fontsize=8)
@@ -235,8 +240,8 @@ def draw_steps(out, panels):
     tokens, accuracy, nats = panels
     tokens.plot(steps, [x["response_tokens"] for x in metrics], color="C0", alpha=0.4)
     tokens.plot(list(found), [x["response_tokens"] for x in found.values()], "o", color="C0")
-    errors = [196 * x["accuracy_dual_se"] for x in found.values()]
-    accuracy.errorbar(list(found), [100 * x["accuracy_dual"] for x in found.values()], errors, fmt="o", color="C2")
+    correct, errors = ([100 * x[f"accuracy_dual{of}"] for x in found.values()] for of in ("", "_se"))
+    accuracy.errorbar(list(found), correct, [1.96 * error for error in errors], fmt="o", color="C2")
     nats.plot(steps, [x["entropy"] for x in metrics], color="C1", alpha=0.7)
     for panel, label in zip(panels, ("response tokens", "accuracy %", "entropy, nats/token")):
         panel.set_ylabel(label)
@@ -282,7 +287,8 @@ def draw_variants(out, panel):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "reproduce", help="folder [runs/reproduce]")
+    where = {"default": HERE.parent / "runs" / "reproduce", "help": "folder [runs/reproduce]"}
+    parser.add_argument("--out", type=Path, **where)
     out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # 8: each takes most of a gigabyte
