@@ -1,11 +1,12 @@
 """Tests of opsdc.py and eval.py on a CPU, without network.
 
 python -m pytest -q python test_opsdc.py --bench     # peak memory and time of a training step beside the same
-step with full logits
+step with full logits; --memory: what a GPU holds when Qwen3-8B or -14B trains, simulated on this machine
 
 Run under torchrun this file is the worker of the two-process tests.
 """
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,9 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +29,18 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import eval as evaluation
 import opsdc
@@ -1178,10 +1191,225 @@ def bench_step(variant):
     torch.distributed.destroy_process_group()
 
 
+# ----------------------------------------------------------------------------------------------------- memory
+SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, as their config.json says
+    "Qwen3-8B": (4096, 36, 32, 12_288, 151_936),
+    "Qwen3-14B": (5120, 40, 40, 17_408, 151_936),
+    "small": (256, 12, 8, 1024, 50_000),
+}
+USES = "parameters|Adam moments|gradients|teacher|gathered weights|KV cache|activations|loss".split("|")
+
+
+def memory_tables():
+    """What one GPU holds in a step of the paper's runs, simulated; then the same simulation of a small model
+    beside two real processes (on Linux)."""
+    print("Peak of one GPU in GB (10^9 bytes), 32 prompts of 1,024 tokens, 8,192-token responses\n")
+    print("| peak while | all |", " | ".join(USES), f"|\n| --- |{' ---: |' * 9}")
+    runs = ("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16), ("small", 2)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        *simulated, small = pool.map(lambda run: step_memory("simulated", *run), runs)
+    for (name, world), peaks in zip(runs, simulated):
+        for phase, peak in peaks.items():
+            figures = [f"{x / 1e9:.1f}" for x in (sum(peak.values()), *(peak.get(use, 0) for use in USES))]
+            print(f"| {name}, {world} GPUs, {phase} |", " | ".join(figures), "|")
+    print("\n| small model, 2 processes | simulated GB | measured GB | ratio |\n| --- |" + " ---: |" * 3)
+    for phase, measured in step_memory("measured", "small", 2).items():
+        a, b = (sum(peak.values()) / 1e9 for peak in (small[phase], measured))
+        if phase != "loading":  # from host memory, which on a CPU is the same memory
+            print(f"| {phase} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
+
+
+def step_memory(how, name, world):
+    """-> {phase: {use: bytes}}, from a process (or several) of its own."""
+    processes = world if how == "measured" else 1
+    line = command("--memory", how, name, world, processes=processes, script="test_opsdc.py")
+    set_here = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed is given back
+    done = subprocess.run(line, env=os.environ | set_here, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def one_step(name, world, memory, write):
+    """Load a model, write responses, train on them, as train() does; yields each phase's name at its end."""
+    share, P, T = (2, 768, 96) if name == "small" else (32 // world, 1024, 8192)
+    hidden, layers, heads, intermediate, vocabulary = SIZES[name]
+    config = Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+        intermediate_size=intermediate, head_dim=128, vocab_size=vocabulary, tie_word_embeddings=False,
+    )  # fmt: skip
+    dtype = opsdc.compute_dtype(CPU)
+    memory.use = "parameters"
+    student = opsdc.shard(AutoModelForCausalLM.from_config(config, dtype=dtype), CPU).float()
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # GPUs only
+    memory.use = "teacher"
+    teacher = opsdc.shard(AutoModelForCausalLM.from_config(config, dtype=dtype), CPU).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    yield "loading"
+    memory.use = "Adam moments"
+    optimizer = torch.optim.AdamW(student.parameters(), foreach=True)  # which it chooses by itself on a GPU
+    opsdc.training_state(student, teacher, optimizer)
+
+    memory.use = "activations"
+    prompts = [opsdc.Prompt([1] * (P - i), [1] * P) for i in range(share)]
+    write(student, [prompt.student for prompt in prompts], T)
+    yield "generating"
+    for size in (1, 2):
+        cfg = opsdc.Config(micro_batch_size=size)  # of two micro-batches of one, the second finds gradients
+        opsdc.accumulate_gradient(student, teacher, prompts[:2], [[1] * T] * 2, cfg)
+        yield f"training in micro-batches of {size}"
+    memory.use = "Adam moments"  # and square roots of them, all at once
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    yield "AdamW's step"
+
+
+def write_responses(student, prompts, T):
+    sampling = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T)
+    student.generation_config = GenerationConfig(**sampling, eos_token_id=[0], pad_token_id=0)
+    opsdc.rollout(student, prompts)
+
+
+def write_last_token(student, prompts, T):
+    """The first and the last forward pass of generate(), whose loop depends on data."""
+    student.eval()
+    P, cache = max(map(len, prompts)), DynamicCache(config=student.config)
+    ids, mask = torch.zeros(len(prompts), P, dtype=torch.long), torch.ones(len(prompts), P + T - 1)
+    with torch.no_grad(), opsdc.gathered(student):
+        student(ids, attention_mask=mask[:, :P], past_key_values=cache, logits_to_keep=1)
+        for layer in cache.layers:
+            layer.update(*(x[:, :, :1].expand(-1, -1, T - 2, -1) for x in (layer.keys, layer.values)))
+        student(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+class Simulated(TorchDispatchMode):
+    """Bytes of the tensors alive, and at their peak, by what `use` was when each was made; those made under
+    None do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.use, self.known, self.now, self.peak = None, {}, Counter(), Counter()
+
+    def restart(self):
+        self.peak = self.now.copy()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # comes back as operations on this process's shards
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result) if self.use else []:
+            if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in self.known:
+                storage = x.untyped_storage()
+                gone = weakref.ref(storage, functools.partial(self.resize, id(storage), 0))
+                self.known[id(storage)] = [self.use, 0, gone]
+                self.resize(id(storage), storage.nbytes())
+        return result
+
+    def resize(self, key, size, gone=None):
+        use, before, _ = self.known[key]
+        self.now[use] += size - before
+        self.known[key][1] = size
+        if gone is not None:
+            del self.known[key]
+        if sum(self.now.values()) > sum(self.peak.values()):
+            self.peak = self.now.copy()
+
+    def during(self, owner, name, use):
+        """Count what the function `name` of `owner` makes as of this use."""
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            outer, self.use = self.use, use
+            result = function(*args, **kwargs)
+            self.use = outer
+            return result
+
+        setattr(owner, name, wrapped)
+
+
+def simulate(name, world):
+    """one_step() on tensors that have a shape and no data, in a process whose partners do not exist, made to
+    do what it would on a GPU."""
+    from torch._subclasses import FakeTensorMode  # much of this is no public interface: for no test to need
+    from torch.distributed.fsdp._fully_shard import _fsdp_init
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import masking_utils
+    from transformers.cache_utils import DynamicLayer
+
+    memory = Simulated()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    mesh = opsdc.init_device_mesh("cpu", (world,))
+    opsdc.init_device_mesh = lambda *_: mesh  # made before: it and the next function read data
+    masking_utils.find_packed_sequence_indices = lambda positions: None  # several texts in a row: here never
+    if name != "small":
+        opsdc.compute_dtype = lambda device: torch.bfloat16
+
+    def to_gpu(parameters, *_):  # whole, to be cut there
+        for p in parameters:
+            p.data = p.data.clone()
+
+    def resize(storage, size, plain=torch.UntypedStorage.resize_):  # how FSDP takes and frees
+        plain(storage, size)
+        if id(storage) in memory.known:
+            memory.resize(id(storage), size)
+
+    _fsdp_init._move_states_to_device = to_gpu
+    torch.UntypedStorage.resize_ = resize
+    memory.during(AutoModelForCausalLM, "from_config", None)  # in host memory
+    memory.during(ShardingPropagator, "_propagate_tensor_meta_non_cached", None)  # shapes of whole weights
+    memory.during(FSDPParamGroup, "unshard", "gathered weights")
+    memory.during(FSDPParamGroup, "wait_for_unshard", "gathered weights")
+    memory.during(FSDPParamGroup, "post_backward", "gradients")
+    memory.during(DynamicLayer, "update", "KV cache")
+    memory.during(opsdc.DivergenceLoss, "apply", "loss")
+    with FakeTensorMode(allow_non_fake_inputs=True), memory:
+        report(memory, one_step(name, world, memory, write_last_token))
+
+
+class Measured:
+    """Bytes by which the process's resident memory exceeds, at its peak, what it was at first."""
+
+    def __init__(self):
+        self.first = self.resident("VmRSS")
+
+    def resident(self, line):
+        return 1024 * int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    def restart(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+
+    @property
+    def peak(self):
+        return {"resident": self.resident("VmHWM") - self.first}
+
+
+def measure(name, world):
+    opsdc.start_process_group(*opsdc.processes())
+    models = [opsdc.shard(tiny(), CPU) for _ in range(2)]  # libraries take what they keep
+    opsdc.accumulate_gradient(*models, *ragged_batch(), opsdc.Config())
+    write_responses(models[0], [[1]], 2)
+    memory = Measured()
+    report(memory, one_step(name, world, memory, write_responses))
+
+
+def report(memory, phases):
+    peaks = {}
+    for phase in phases:
+        peaks[phase] = dict(memory.peak)
+        memory.restart()
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(peaks))
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--fault":
         sys.argv[1:] = sys.argv[2:]
         inject(sys.argv.pop(1))
+    elif sys.argv[1:] == ["--memory"]:
+        memory_tables()
+    elif sys.argv[1] == "--memory":
+        {"simulated": simulate, "measured": measure}[sys.argv[2]](sys.argv[3], int(sys.argv[4]))
     elif sys.argv[1] != "--bench":
         worker(*sys.argv[1:])
     elif sys.argv[2:]:
