@@ -1343,11 +1343,11 @@ def bench_rollout():
     """opsdc.rollout against `generate` of the same model as transformers loads it, in turn."""
     opsdc.start_process_group(0, 1, CPU)
     tokenizer, context = opsdc.load_tokenizer(TOY)
-    cfg = opsdc.Config(model=TOY, data=f"{TOY}/train.jsonl")
+    cfg = opsdc.Config(model=TOY, data=f"{TOY}/train.jsonl", max_response_tokens=320)
     prompts = [prompt.student for prompt in opsdc.load_prompts(cfg, tokenizer, context)[:32]]
     ours, plain = opsdc.shard(opsdc.load_model(TOY, "auto"), CPU), opsdc.load_model(TOY, "auto")
     for model in (ours, plain):
-        opsdc.set_sampling(model, tokenizer, max_new_tokens=320)
+        opsdc.set_sampling(model, tokenizer, max_new_tokens=cfg.max_response_tokens)
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
 
     def seconds(generate, seed):
