@@ -158,12 +158,12 @@ def prompt_ids(tokenizer, messages):
 
 
 # ------------------------------------------------------------------------------------------------- divergence
-def divergence(student_logits, teacher_logits, kind):
-    """The divergence of each token, its gradient with respect to student_logits, and the student's entropy.
+def divergence(log_q, log_p, kind):
+    """The divergence of each token, its gradient with respect to the student's logits, the student's entropy.
 
-    [N, V], [N, V] -> [N] nats, [N, V], [N] nats. Give it fp32: in bf16 a KL can come out negative.
+    [N, V], [N, V] -> [N] nats, [N, V], [N] nats; log_q may be overwritten. Give it fp32: in bf16 a KL can come
+    out negative.
     """
-    log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     q = log_q.exp()
     entropy = -dot(q, log_q)
     if kind == "reverse_kl":  # KL(q || p), Eq. 1; in place: making a tensor costs more than this arithmetic
@@ -206,9 +206,9 @@ class DivergenceLoss(torch.autograd.Function):
         losses, entropies = [], []
         by_token = student_hidden, teacher_hidden, weight, grad_hidden
         for student_h, teacher_h, w, grad_h in zip(*(x.split(chunk) for x in by_token)):
-            student_logits = (student_h @ student_head.T).float().div_(temperature)  # [chunk, V]
-            teacher_logits = (teacher_h @ teacher_head.T).float().div_(temperature)
-            loss, grad, entropy = divergence(student_logits, teacher_logits, kind)  # [7]
+            log_q = (student_h @ student_head.T).float().div_(temperature).log_softmax(-1)  # [chunk, V]
+            log_p = (teacher_h @ teacher_head.T).float().div_(temperature).log_softmax(-1)
+            loss, grad, entropy = divergence(log_q, log_p, kind)  # [7]
             grad = grad.mul_(w[:, None] / temperature).to(student_head.dtype)
             grad_h.copy_(grad @ student_head)
             if grad.dtype == grad_head.dtype:
@@ -229,7 +229,7 @@ class DivergenceLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
 
 
-CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with half a dozen such tensors at once
+CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with three such tensors at once
 
 
 def opsdc_loss(student, teacher, prompts, responses, kind, temperature):
@@ -283,7 +283,7 @@ def rollout(model, prompts):
     for i, prompt in enumerate(prompts):
         ids[i, P - len(prompt) :] = torch.tensor(prompt)
         mask[i, P - len(prompt) :] = 1
-    with gathered(model):
+    with gathered(model), torch.inference_mode():
         # Left unsaid, synced_gpus keeps every process generating until the slowest is done.
         output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), synced_gpus=False)
     return [cut_at_eos(response, sampling.eos_token_id) for response in output[:, P:].tolist()]
@@ -342,10 +342,10 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
         loss, some_kl, some_entropy = opsdc_loss(
             student, teacher, prompts, written, cfg.divergence, cfg.temperature
         )
+        teacher.reshard()  # its root would stay gathered until a backward pass, which never comes
         (loss * len(some) / len(batch)).backward()
         kl.update(zip(some, some_kl))
         entropy.update(zip(some, some_entropy))
-    teacher.reshard()  # its root stays gathered until a backward pass, which never comes
     return [kl[i] for i in range(len(batch))], [entropy[i] for i in range(len(batch))]
 
 
