@@ -1153,10 +1153,7 @@ SIDES = {  # TRL with our micro-batch, on the toy its fastest too, and with the 
     "toy": ("opsdc.py", "TRL, 4 at a time"),
     "wide": ("opsdc.py", "TRL, 4 at a time", "TRL, 1 at a time"),  # the third only once
 }
-RATIOS = {
-    "time a step": "all", "time a step a token": "a token", "rollout": "rollout", "the rest": "rest",
-    "peak memory": "peak", "memory above the models": "growth",
-}  # fmt: skip
+RATIOS = {"time a step": "all", "rollout": "rollout", "the rest": "rest", "peak memory": "peak"}
 PARTS = ("rollout", "student", "teacher", "loss", "optimizer", "other")
 LOSSES = ("opsdc.py", "full logits", "chunks, graph kept", "four matmuls")
 LOSS_SIZES = ((512, 1024, 3), (512, 4096, 1), (512, 8192, 1), (4096, 1024, 1))  # hidden, tokens, rounds
@@ -1205,20 +1202,17 @@ def bench_steps(part, sides):
         "toy": "Toy: 32 prompts a step, at most 320 tokens each",
         "wide": "Random model, 151,936 words, hidden 256, 2 layers: 4 prompts a step, 256 tokens each",
     }
-    heading(
-        titles[part] + "; seconds a step",
-        "", "all", *PARTS, "tokens", "first loss", "peak GB", "GB above models",
-    )  # fmt: skip
+    heading(titles[part] + "; seconds a step", "", "all", *PARTS, "tokens", "first loss", "peak GB")
     found = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         model = TOY if part == "toy" else make_wide_model(Path(folder, "wide"))
         for turn in range(ROUNDS):
             for side in sides if turn == 0 else sides[:2]:
                 one = fresh("step", part, side, model)
-                one |= {"a token": one["all"] / one["tokens"], "rest": one["all"] - one["rollout"]}
+                one["rest"] = one["all"] - one["rollout"]
                 found[side].append(one)
                 counts = f"{one['tokens']:.0f}", f"{one['loss 1']:.6f}"
-                row(side, *(one[x] for x in ("all", *PARTS)), *counts, one["peak"], one["growth"])
+                row(side, *(one[x] for x in ("all", *PARTS)), *counts, one["peak"])
     for side in sides[1:]:
         pairs = list(zip(found["opsdc.py"], found[side]))
         ratios = {what: median(us[name] / them[name] for us, them in pairs) for what, name in RATIOS.items()}
@@ -1242,7 +1236,7 @@ class Stopwatch:
     """Seconds by part of a training step; the end of the optimizer's is the end of the step."""
 
     def __init__(self):
-        self.steps, self.now, self.loaded, self.began = [], Counter(), None, None
+        self.steps, self.now, self.began = [], Counter(), None
 
     def wrap(self, owner, name, part, lengths=None):
         """Time owner.name as `part`; lengths(result) -> the response's lengths, if it is the rollout."""
@@ -1250,7 +1244,6 @@ class Stopwatch:
 
         def timed(*args, **kwargs):
             if part == "rollout":
-                self.loaded = self.loaded or resident_gb()  # both models are, and nothing else yet
                 torch.manual_seed(len(self.steps))  # the same random numbers on every side
             if name == "backward":
                 self.now["loss value"] += args[0].item()
@@ -1270,11 +1263,10 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def found(self):
-        peak = opsdc.peak_memory_gb(CPU)
         counted = self.steps[1:]
         mean = {x: sum(step[x] for step in counted) / len(counted) for x in ("all", "tokens", *PARTS[:-1])}
         mean["other"] = mean["all"] - sum(mean[x] for x in PARTS[:-1])
-        return mean | {"loss 1": self.steps[0]["loss value"], "peak": peak, "growth": peak - self.loaded}
+        return mean | {"loss 1": self.steps[0]["loss value"], "peak": opsdc.peak_memory_gb(CPU)}
 
 
 def bench_step(part, side, model):

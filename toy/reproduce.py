@@ -6,7 +6,7 @@
 Everything goes through the command lines of opsdc.py and eval.py and the files they write. What is done is
 skipped: after a stop, the same command goes on. --out then holds
 
-    findings.md     the table of all variants, and how the KL is shared out among kinds of tokens
+    findings.md     the main result, all variants, and how the KL is shared out among kinds of tokens
     findings.png    the main run over its steps, tokens by level, accuracy against tokens for all variants
     signal.png      a response of the base model, each token shaded by its KL
 """
@@ -54,7 +54,17 @@ ASKED = {  # name: (row of the table, instruction put to the base model)
     "asked-v2": ("base model, asked: v2", "v2"),
     "asked-target": ("base model, asked: 50 % fewer tokens", TARGET),
 }
-SAMPLINGS = {"training": "--temperature 1 --top_p 1 --top_k 0", "evaluation": ""}  # the latter is the paper's
+SAMPLINGS = {  # name: (how the table puts it, flags); the defaults are the paper's
+    "evaluation": ("as the paper evaluates (temperature 0.6, top-p 0.95, top-k 20)", ""),
+    "training": (
+        "as in training (temperature 1, neither top-p nor top-k)", "--temperature 1 --top_p 1 --top_k 0"
+    ),
+}  # fmt: skip
+MAIN_RESULT = {  # row: the models it is a mean of; evaluated under both samplings, all others as in training
+    "base model": ["base"],
+    "base model asked to be concise (v1)": ["asked-v1"],
+    "**OPSDC, not asked**": ["main-100", "seed1-100", "seed2-100"],
+}
 CURVE = range(25, 301, 25)  # steps at which the main run is evaluated
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 # glibc is to keep what is freed: else giving back and clearing memory is nearly half of an evaluation
@@ -73,32 +83,32 @@ def command(out, name, line):
         raise SystemExit(f"failed: {line}\nsee {log.name}")
 
 
-def evaluate(out, name, model, sampling, instruction="", n=8):
-    folder = out / f"eval-{name}-{sampling}"
-    if not (folder / "results.json").exists():
-        asked = shlex.join(["--instruction", instruction])
-        flags = f"{SAMPLINGS[sampling]} --n {n} --max_response_tokens 384 --batch_size 200 {asked}"
-        line = f"eval.py --model {shlex.quote(str(model))} --data toy/test.jsonl {flags}"
-        command(out, folder.name, f"{line} --out {shlex.quote(str(folder))}")
+def evaluate(out, name, model, instruction="", n=8):
+    for sampling, (_, flags) in SAMPLINGS.items():
+        folder = out / f"eval-{name}-{sampling}"
+        wanted = sampling == "training" or any(name in names for names in MAIN_RESULT.values())
+        if wanted and not (folder / "results.json").exists():
+            flags += f" --n {n} --max_response_tokens 384 --batch_size 200"
+            flags += f" {shlex.join(['--instruction', instruction])}"
+            line = f"eval.py --model {shlex.quote(str(model))} --data toy/test.jsonl {flags}"
+            command(out, folder.name, f"{line} --out {shlex.quote(str(folder))}")
 
 
 def one(out, name):
     """All of a variant: its training and its evaluations."""
     began = time.time()
     if name in ASKED:
-        for sampling in SAMPLINGS:
-            evaluate(out, name, "toy", sampling, ASKED[name][1])
+        evaluate(out, name, "toy", ASKED[name][1])
     else:
         _, flags = TRAINED[name]
         steps = int(flags.split("--steps ")[1].split()[0]) if "--steps" in flags else 100
         if not (out / name / f"step_{steps}").exists():
             line = f"opsdc.py {TOY} {flags} --resume --out {shlex.quote(str(out / name))}"
             command(out, f"train-{name}", line)
-        for sampling in SAMPLINGS if name != "signal" else ():
-            for step in {min(steps, 100), steps}:
-                evaluate(out, f"{name}-{step}", out / name / f"step_{step}", sampling)
+        for step in {min(steps, 100), steps} if name != "signal" else ():
+            evaluate(out, f"{name}-{step}", out / name / f"step_{step}")
         for step in set(CURVE) - {100, 300} if name == "main" else ():
-            evaluate(out, f"{name}-{step}", out / name / f"step_{step}", "training", n=4)
+            evaluate(out, f"{name}-{step}", out / name / f"step_{step}", n=4)
     sys.stdout.write(f"{name}: {time.time() - began:.0f} s\n")
 
 
@@ -107,7 +117,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def results(out, name, sampling):
+def results(out, name, sampling="training"):
     path = out / f"eval-{name}-{sampling}" / "results.json"
     return json.loads(path.read_text())["results"]["toy/test.jsonl"]
 
@@ -121,40 +131,50 @@ def entropy(out, name, step):
     return fmean(x["entropy"] for x in lines(out / name / "metrics.jsonl") if step - 10 < x["step"] <= step)
 
 
-def table(out):
-    heads = ["", "tokens", "accuracy %", "cut off %", "tokens at levels 1 to 5"]
-    heads += ["tokens, cooler", "accuracy %, cooler", "entropy"]
+def main_result(out):
+    rows = ["| | response tokens | fewer % | accuracy % |", "| --- | ---: | ---: | ---: |"]
+    for sampling, (how, _) in SAMPLINGS.items():
+        rows.append(f"| *sampled {how}* | | | |")
+        base = results(out, "base", sampling)["response_tokens"]
+        for title, names in MAIN_RESULT.items():
+            found = [results(out, name, sampling) for name in names]
+            fewer = 100 - 100 * fmean(x["response_tokens"] for x in found) / base
+            tokens, correct = cell(found, "response_tokens"), cell(found, "accuracy_dual", 100)
+            rows.append(f"| {title} | {tokens} | {fewer:.0f} | {correct} |")
+    return "\n".join(rows)
+
+
+def variants(out):
+    heads = ["", "tokens", "accuracy %", "cut off %", "tokens at levels 1 to 5", "entropy"]
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for name, (title, _) in ASKED.items():
-        first_steps = entropy(out, "signal", 1) if name == "base" else None
-        rows.append(row(title, *([results(out, name, sampling)] for sampling in SAMPLINGS), first_steps))
+        rows.append(row(title, [results(out, name)], entropy(out, "signal", 1) if name == "base" else None))
     seeds = ["main", "seed1", "seed2"]
-    found = ([results(out, f"{seed}-100", sampling) for seed in seeds] for sampling in SAMPLINGS)
+    found = [results(out, f"{seed}-100") for seed in seeds]
     seeds_entropy = fmean(entropy(out, seed, 100) for seed in seeds)
-    rows.append(row("OPSDC, mean of 3 seeds ± their spread", *found, seeds_entropy))
+    rows.append(row("OPSDC, mean of 3 seeds ± their spread", found, seeds_entropy))
     for name, (title, _) in TRAINED.items():
         if title:
-            found = ([results(out, f"{name}-100", sampling)] for sampling in SAMPLINGS)
-            rows.append(row(title, *found, entropy(out, name, 100)))
-    found = ([results(out, "main-300", sampling)] for sampling in SAMPLINGS)
-    rows.append(row("OPSDC, 300 steps", *found, entropy(out, "main", 300)))
+            rows.append(row(title, [results(out, f"{name}-100")], entropy(out, name, 100)))
+    rows.append(row("OPSDC, 300 steps", [results(out, "main-300")], entropy(out, "main", 300)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def row(title, warm, cool, entropy):
-    """warm, cool: results under either sampling, of one model or of several that differ by their seed."""
-
-    def cell(found, key, scale=1):
-        values = [scale * x[key] for x in found]
-        spread = stdev(values) if len(values) > 1 else scale * found[0][f"{key}_se"]
-        return f"{fmean(values):.1f} ± {spread:.1f}"
-
-    levels = map(fmean, zip(*map(tokens_by_level, warm)))
+def row(title, found, entropy):
+    levels = map(fmean, zip(*map(tokens_by_level, found)))
     return [
-        title, cell(warm, "response_tokens"), cell(warm, "accuracy_dual", 100),
-        f"{100 * fmean(x['truncated'] for x in warm):.1f}", " ".join(f"{tokens:.0f}" for tokens in levels),
-        cell(cool, "response_tokens"), cell(cool, "accuracy_dual", 100), f"{entropy:.3f}" if entropy else "",
+        title, cell(found, "response_tokens"), cell(found, "accuracy_dual", 100),
+        f"{100 * fmean(x['truncated'] for x in found):.1f}", " ".join(f"{tokens:.0f}" for tokens in levels),
+        f"{entropy:.3f}" if entropy else "",
     ]  # fmt: skip
+
+
+def cell(found, key, scale=1):
+    """Results of one model ± its standard error, or the mean of several that differ by their seed ± their
+    standard deviation."""
+    values = [scale * x[key] for x in found]
+    spread = stdev(values) if len(values) > 1 else scale * found[0][f"{key}_se"]
+    return f"{fmean(values):.1f} ± {spread:.1f}"
 
 
 # -------------------------------------------------------------------------------------- where the signal lands
@@ -236,7 +256,7 @@ def draw_steps(out, panels):
     metrics = lines(out / "main" / "metrics.jsonl")
     steps = [x["step"] for x in metrics]
     names = {0: "base"} | {step: f"main-{step}" for step in CURVE}
-    found = {step: results(out, name, "training") for step, name in names.items()}
+    found = {step: results(out, name) for step, name in names.items()}
     tokens, accuracy, nats = panels
     tokens.plot(steps, [x["response_tokens"] for x in metrics], color="C0", alpha=0.4)
     tokens.plot(list(found), [x["response_tokens"] for x in found.values()], "o", color="C0")
@@ -255,7 +275,7 @@ def draw_steps(out, panels):
 def draw_levels(out, panel):
     models = {"base": "base", "asked-v1": "base, asked", "main-100": "OPSDC, 100 steps"}
     for i, (name, label) in enumerate(models.items()):
-        found = tokens_by_level(results(out, name, "training"))
+        found = tokens_by_level(results(out, name))
         panel.bar([level + 0.27 * (i - 1) for level in range(1, 6)], found, 0.25, label=label)
     panel.set(xlabel="level (operations)", ylabel="response tokens")
     panel.margins(y=0.3)
@@ -264,7 +284,7 @@ def draw_levels(out, panel):
 
 def draw_variants(out, panel):
     names = list(ASKED) + [f"{name}-100" for name, (title, _) in TRAINED.items() if title] + ["main-300"]
-    found = {name: results(out, name, "training") for name in names}
+    found = {name: results(out, name) for name in names}
     labels = []
     for name in sorted(names, key=lambda name: -found[name]["accuracy_dual"]):
         x, y = found[name]["response_tokens"], 100 * found[name]["accuracy_dual"]
@@ -295,10 +315,11 @@ def main():
         for _ in pool.map(lambda name: one(out, name), [*TRAINED, *ASKED]):
             pass
     shares, example = signal(out, AutoTokenizer.from_pretrained(HERE))
-    (out / "findings.md").write_text(f"{table(out)}\n\n{shares}\n")
+    tables = "\n\n".join([main_result(out), variants(out), shares]) + "\n"
+    (out / "findings.md").write_text(tables)
     draw_signal(out / "signal.png", *example)
     draw_findings(out, out / "findings.png")
-    print((out / "findings.md").read_text())
+    print(tables)
 
 
 if __name__ == "__main__":
