@@ -161,8 +161,8 @@ def prompt_ids(tokenizer, messages):
 def divergence(log_q, log_p, kind):
     """The divergence of each token, its gradient with respect to the student's logits, the student's entropy.
 
-    [N, V], [N, V] -> [N] nats, [N, V], [N] nats; log_q may be overwritten. Give it fp32: in bf16 a KL can come
-    out negative.
+    [N, V], [N, V] -> [N] nats, [N, V], [N] nats; log_q may be overwritten. Give it fp32: in bf16 a KL can
+    come out negative.
     """
     q = log_q.exp()
     entropy = -dot(q, log_q)
@@ -206,8 +206,8 @@ class DivergenceLoss(torch.autograd.Function):
         losses, entropies = [], []
         by_token = student_hidden, teacher_hidden, weight, grad_hidden
         for student_h, teacher_h, w, grad_h in zip(*(x.split(chunk) for x in by_token)):
-            log_q = (student_h @ student_head.T).float().div_(temperature).log_softmax(-1)  # [chunk, V]
-            log_p = (teacher_h @ teacher_head.T).float().div_(temperature).log_softmax(-1)
+            log_q = log_probs(student_h, student_head, temperature)  # [chunk, V]
+            log_p = log_probs(teacher_h, teacher_head, temperature)
             loss, grad, entropy = divergence(log_q, log_p, kind)  # [7]
             grad = grad.mul_(w[:, None] / temperature).to(student_head.dtype)
             grad_h.copy_(grad @ student_head)
@@ -217,6 +217,7 @@ class DivergenceLoss(torch.autograd.Function):
                 grad_head += grad.T @ student_h
             losses.append(loss)
             entropies.append(entropy)
+            del log_q, log_p, grad  # not into the next chunk
         ctx.grads = grad_hidden, grad_head.to(student_head.dtype)
         loss, entropy = torch.cat(losses), torch.cat(entropies)
         ctx.mark_non_differentiable(loss, entropy)
@@ -227,6 +228,12 @@ class DivergenceLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.grads
         del ctx.grads  # what nobody else holds becomes .grad as it is, not as a copy
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
+
+
+def log_probs(hidden, head, temperature):
+    """[N, H], [V, H] -> [N, V] in fp32."""
+    logits = (hidden @ head.T).float().div_(temperature)
+    return torch.log_softmax(logits, -1, out=logits)  # in place: on a CPU, memory costs more than exp
 
 
 CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with three such tensors at once
