@@ -233,7 +233,7 @@ class DivergenceLoss(torch.autograd.Function):
 def log_probs(hidden, head, temperature):
     """[N, H], [V, H] -> [N, V] in fp32."""
     logits = (hidden @ head.T).float().div_(temperature)
-    return torch.log_softmax(logits, -1, out=logits)  # in place: on a CPU, memory costs more than exp
+    return torch.log_softmax(logits, -1, out=logits)  # in place: fresh memory is slow on a CPU
 
 
 CHUNK_LOGITS = 2**25  # logits in a chunk of the loss: 128 MB in fp32, with three such tensors at once
