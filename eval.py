@@ -1,73 +1,68 @@
 r"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
 
-    python eval.py --model toy --data toy/test.jsonl --batch_size 200
+    OMP_NUM_THREADS=1 python eval.py --model toy --data toy/test.jsonl --batch_size 200
     torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 \
         --out runs/eval/base
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
         --out runs/eval/opsdc --baseline runs/eval/base/results.json
 
-The prompt is the student's of training; --instruction makes it the teacher's, the prompt-only baseline.
-Accuracy is mean@n: the mean over n samples of each problem, reported under three verdicts, since a grader
-that reads one answer format only mistakes a change of format for a change of accuracy:
+The prompt is the student's of training. With --instruction it is the teacher's: the prompt-only baseline.
+Accuracy is mean@n, the mean over n samples of each problem. It is reported under three verdicts, since a
+grader that reads one answer format only mistakes a change of format for a change of accuracy:
 
     answer  the last line "Answer: ..."        boxed  the last \boxed{...}        dual  either of the two
 
-Multiple choice (gpqa, mmlu) is put as a problem with lettered options and scored by the letter; this wording
-is ours, the paper gives none. A stopped run continues where it was, given the same command.
+Multiple choice is put as a problem with lettered options and scored by the letter. This wording is ours; the
+paper gives none. A stopped run continues where it was, given the same command.
 """
 
+import atexit
 import hashlib
 import json
+import logging
+import math
 import multiprocessing
 import random
 import re
 import signal
-import statistics
-import time
+import string
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
 import opsdc
-from opsdc import fail, flag, say
+from opsdc import RANK, WORLD, fail, first_line, require, say
 
 
 @dataclass
 class Config:
     """Every setting, its default and its meaning; the command line is made from this."""
 
-    model: str = flag("Qwen/Qwen3-8B", "hub name or local folder, such as the step_N/ that opsdc.py writes")
-    data: str = flag(
-        "math500",
-        "math500, aime24, aime25, gpqa, mmlu, or a file, saved-dataset folder or hub name (name:split, split "
-        "test if not said) with problem and answer; several separated by commas",
+    model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder, such as a step_N/ of opsdc.py")
+    data: str = HfArg(
+        default="math500",
+        help="math500, aime24, aime25, gpqa, mmlu, or a file, saved dataset or hub name (name:split) with "
+        "problem and answer; several separated by commas",
     )
-    n: int = flag(
-        8,
-        "samples per problem (paper: mean@8); under torchrun put -- before eval.py, for it has an --n too",
-    )
-    temperature: float = flag(0.6, "sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
-    top_p: float = flag(0.95, "nucleus sampling (paper: 0.95); 1 is off")
-    top_k: int = flag(20, "top-k sampling (paper: 20); 0 is off")
-    max_response_tokens: int = flag(30000, "tokens; a longer response is cut off and wrong (paper: 30000)")
-    batch_size: int = flag(
-        8, "responses generated at a time by each process; part of what the seed determines"
-    )
-    limit: int = flag(0, "first problems of each data set only; 0 is all")
-    instruction: str = flag(
-        "", "conciseness instruction put into the prompt: v1, v2 or any text; empty is none"
-    )
-    baseline: str = flag("", "results.json of another run on the same data, to compare with")
-    out: str = flag(
-        "", "folder for results.json and samples.jsonl; if empty, runs/eval/ and a name made of the settings"
-    )
-    seed: int = flag(0, "seed of sampling")
+    n: int = HfArg(default=8, help="samples per problem (paper: 8); torchrun wants -- before eval.py for it")
+    temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
+    top_p: float = HfArg(default=0.95, help="nucleus sampling (paper: 0.95); 1 is off")
+    top_k: int = HfArg(default=20, help="top-k sampling (paper: 20); 0 is off")
+    max_response_tokens: int = HfArg(default=30000, help="a response cut off here is wrong (paper: 30000)")
+    batch_size: int = HfArg(default=8, help="responses at a time per process; halved when memory runs out")
+    limit: int = HfArg(default=0, help="first problems of each data set only; 0 is all")
+    instruction: str = HfArg(default="", help="put into the prompt: v1, v2 or any text; empty is none")
+    baseline: str = HfArg(default="", help="results.json of another run on the same data, to compare with")
+    out: str = HfArg(default="", help="folder for results; if empty, runs/eval/ and a name for the settings")
+    seed: int = HfArg(default=0, help="seed of sampling")
 
 
 # ---------------------------------------------------------------------------------------------------- grading
@@ -77,27 +72,20 @@ GRADING_SECONDS = 10  # for one comparison
 def grade(response, gold, truncated=False):
     """Three verdicts on a response: {"answer": bool, "boxed": bool, "dual": bool}.
 
-    Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed,
-    and none takes longer than GRADING_SECONDS per verdict: what cannot be compared by then is wrong.
+    Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed.
+    What cannot be compared within GRADING_SECONDS is wrong.
     """
     final = response.rpartition("</think>")[2]
     if truncated or "<think>" in final:  # unfinished, or never done thinking
         final = ""
-    found = {"answer": last_answer_line(final), "boxed": last_boxed(final)}
+    lines = re.findall(r"answer[\s*_]*[:：][\s*_]*((?:\\\[|\$\$)?\s*[^\n]*)", final, re.IGNORECASE)
+    at = final.rfind("\\boxed{")
+    found = {
+        "answer": lines[-1] if lines else None,  # on the line of "Answer:", or on the next
+        "boxed": braced(final, at + len("\\boxed")) if at >= 0 else None,
+    }
     verdicts = {kind: text is not None and matches(gold, text) for kind, text in found.items()}
     return verdicts | {"dual": any(verdicts.values())}
-
-
-def last_answer_line(text):
-    """What follows the last "Answer:", on its line or, where that is empty, on the next one; None without
-    any."""
-    lines = re.findall(r"answer\s*:[\s*]*((?:\\\[|\$\$)?\s*[^\n]*)", text, re.IGNORECASE)
-    return lines[-1] if lines else None
-
-
-def last_boxed(text):
-    start = text.rfind("\\boxed{")
-    return braced(text, start + len("\\boxed")) if start >= 0 else None
 
 
 def braced(text, start):
@@ -111,88 +99,73 @@ def braced(text, start):
 
 
 def bare(text):
-    r"""An answer without what surrounds it: $...$, \(...\), \boxed{...}, \text{...}, bold stars, a full
-    stop."""
+    r"""An answer without what surrounds it: $...$, \(...\), \boxed{...}, \text{...}, stars, a full stop."""
     before = None
     while text != before:
         before = text
-        text = text.strip(" \n\t*").rstrip(".,;")
+        text = text.strip(" \n\t*_").rstrip(".,;")
         for opening, closing in (("$$", "$$"), ("\\[", "\\]")):  # may be on lines of their own
             text = text.removeprefix(opening).removesuffix(closing)
         for opening, closing in (("$", "$"), ("\\(", "\\)")):
             if text.startswith(opening) and text.find(closing, len(opening)) == len(text) - len(closing):
                 text = text[len(opening) : -len(closing)]
+        text = text.removeprefix("\\displaystyle")
         command = re.match(r"\\(boxed|text|textbf|mbox|mathrm|mathbf)(?={)", text)
         if command and text[command.end() + 1 : -1] == braced(text, command.end()):
             text = text[command.end() + 1 : -1]
     return text
 
 
+def choice(text):
+    """The letter of the one option that an answer names: B, (b), Option B, B. Paris, The answer is B. None
+    where it names none or two."""
+    text = re.sub(r"^(\(?[A-Z]\)?)\s*[.:)]\s(?!.*\b(or|and) \(?[A-Z]\b).*", r"\1", text, flags=re.DOTALL)
+    alone = re.fullmatch(r"(?:(?:option|choice|answer|the|is)\s+)*\(?([a-z])\)?", text, re.IGNORECASE)
+    named = {alone[1].upper()} if alone else set(re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", text))
+    return named.pop() if len(named) == 1 else None
+
+
 def matches(gold, text):
-    if max(len(gold), len(text)) > 1000:  # no answer is that long; garbage is
+    if max(len(gold), len(text)) > LONGEST_ANSWER:  # no answer is that long; garbage is
         return False
     gold, text = bare(gold), bare(text)
     if not text:
         return False
     if gold == text or len(gold) > 1 and gold.isalpha() and gold.casefold() == text.casefold():
         return True
-    if re.fullmatch(r"\(?[A-Z]\)?", gold):  # a choice: the letter, whatever follows it
-        letter = re.match(r"\(?([A-Z])\b", text)
-        return letter is not None and letter[1] == gold.strip("()")
+    if re.fullmatch(r"\(?[A-Z]\)?", gold):
+        return choice(text) == gold.strip("()")
     return equivalent_within_time(gold, text)
 
 
-class Worker:
-    """A process that compares expressions. Sympy can be lost in an expression such as 9^{9^{9^9}} where no
-    signal reaches it; a process can be killed."""
-
-    process = None
-
-    def start(self):
-        context = multiprocessing.get_context("fork")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=compare_forever, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, *question):
-        if self.process is None:
-            self.start()
-        try:
-            self.pipe.send(question)
-            if self.pipe.poll(GRADING_SECONDS):
-                return self.pipe.recv()
-        except (EOFError, OSError):  # it died of the question
-            pass
-        self.process.kill()
-        self.process.join()
-        self.process = None
-        return False
-
-
-worker = Worker()
+LONGEST_ANSWER = 1000  # characters
+pool = None
 
 
 @lru_cache(maxsize=100_000)  # samples of one problem mostly agree
 def equivalent_within_time(gold, text):
-    return worker.ask(gold, text)
+    """Whether math-verify calls them equal. Sympy can be lost in an expression such as 9^{9^{9^9}}, where no
+    signal reaches it, so it runs in a process that can be killed."""
+    global pool
+    if pool is None:
+        pool = multiprocessing.get_context("fork").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        atexit.register(pool.terminate)
+    answer = pool.apply_async(equivalent, (gold, text))
+    answer.wait(GRADING_SECONDS)
+    if answer.ready():
+        return answer.successful() and answer.get()
+    pool.terminate()
+    pool = None
+    return False
 
 
-def compare_forever(pipe):
-    import logging
-
+def equivalent(gold, text):
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    while True:
-        try:
-            gold, text = pipe.recv()
-        except EOFError:
-            return
-        parsed = [parse(f"${side}$", parsing_timeout=GRADING_SECONDS) for side in (gold, text)]
-        pipe.send(bool(verify(*parsed, timeout_seconds=GRADING_SECONDS)))
+    parsed = [parse(f"${side}$", parsing_timeout=GRADING_SECONDS) for side in (gold, text)]
+    return bool(verify(*parsed, timeout_seconds=GRADING_SECONDS))
 
 
 # --------------------------------------------------------------------------------------------------- problems
@@ -211,130 +184,144 @@ class Problem(NamedTuple):
     prompt: list  # token ids [P]
     thinking: bool  # whether the prompt itself opens the thinking, as some chat templates do
     gold: str
-    groups: dict  # its level and subject where the data has them
+    groups: dict  # its level and subject, where the data has them
 
 
-def load_problems(cfg, tokenizer):
+def load_problems(cfg, tokenizer, context):
     instruction = opsdc.INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
     problems = []
     for name in cfg.data.split(","):
         source, _, split = name.partition(":")
-        source, configuration, split = BENCHMARKS.get(name, (source, None, split or "test"))
+        source, configuration, split = BENCHMARKS.get(name, (source, None, split))
         try:
             rows = opsdc.load_rows(source, split, configuration)
         except ValueError as error:
             gated = "; this one is gated: ask for access on its hub page, then log in with `hf auth login`"
-            fail(f"--data {name}: {opsdc.first_line(error)}{gated if name == 'gpqa' else ''}")
-        for number, row in enumerate(rows):
-            if cfg.limit and number == cfg.limit:
-                break
+            fail(f"--data {name}: {first_line(error)}{gated if name == 'gpqa' else ''}")
+        for number, row in enumerate(rows.select(range(min(cfg.limit or len(rows), len(rows))))):
             try:
                 row, gold = with_options(row)
-                messages = opsdc.student_messages(row)
+                teacher = opsdc.teacher_messages(row, instruction) if instruction else None
+                prompt = opsdc.prompt_ids(tokenizer, teacher or opsdc.student_messages(row))
+                if len(prompt) >= context:
+                    raise ValueError(f"has {len(prompt)} tokens and fills the model's context of {context}")
             except ValueError as error:
                 fail(f"--data {name}, row {number + 1}: {error}")
-            if instruction:
-                messages = opsdc.teacher_messages(messages, instruction)
-            prompt = opsdc.prompt_ids(tokenizer, messages)
             thinking = tokenizer.decode(prompt).rstrip().endswith("<think>")
-            groups = {key: row[key] for key in ("level", "subject") if key in row}
+            groups = {key: str(row[key]) for key in ("level", "subject") if key in row}
             problems.append(Problem(name, number, prompt, thinking, gold, groups))
     return problems
 
 
 def with_options(row):
-    """A row to be asked as it is, and its gold answer; lettered options are written into the question."""
+    """A row to be asked as it is, and its gold answer. Options are written into the question with letters.
+
+    `choices` or `options` are 2 to 26 texts, or {"text": texts, "label": labels}. `answer` is an index, a
+    label, a letter or one of the texts. Raises ValueError for anything else.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
     if "Correct Answer" in row:  # gpqa lists the right one first: shuffled, the same way every time
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         order = random.Random(row["Question"]).sample(range(4), 4)
         row = {"question": row["Question"], "choices": [options[i] for i in order], "answer": order.index(0)}
-    if row.get("answer") in (None, ""):
-        raise ValueError(f"has no answer (found: {', '.join(row)})")
-    if "choices" not in row:
-        return row, str(row["answer"])
-    letters = "ABCDEFGHIJ"[: len(row["choices"])]
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"]))
-    question = f"{row['question']}\n\n{options}\n\nThe answer is the letter of the right option."
-    return {**row, "question": question}, letters[int(row["answer"])]
+    answer, options = row.get("answer", row.get("answerKey", "")), row.get("choices", row.get("options"))
+    if answer == "" or isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"has no answer (found: {', '.join(map(str, row))})")
+    if options is None:
+        gold = str(answer).rpartition("####")[2].strip()  # GSM8K's solutions end so
+        if not 0 < len(gold) <= LONGEST_ANSWER:
+            raise ValueError(f"its answer is {len(gold)} characters long; give the final answer alone")
+        return row, gold
+    options = options if isinstance(options, dict) else {"text": options}
+    texts, labels = options.get("text"), options.get("label") or []
+    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(x, str) for x in texts):
+        raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
+    letters = list(string.ascii_uppercase[: len(texts)])
+    names = [range(len(texts))] if isinstance(answer, int) else [labels, letters, texts]
+    right = next((list(some).index(answer) for some in names if answer in some), None)
+    if right is None:
+        raise ValueError(f"its answer {answer!r} is none of its {len(texts)} options")
+    column = next((name for name in ("prompt", "problem", "question") if name in row), None)
+    *before, message = opsdc.student_messages({"prompt": row.get(column, "")})
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
+    text = f"{message['content']}\n\n{listed}\n\nThe answer is the letter of the right option."
+    asked = [*before, {**message, "content": text}] if column == "prompt" else text
+    return {**row, column: asked}, letters[right]
 
 
 # --------------------------------------------------------------------------------------------------- sampling
-def make_batches(cfg, problems):
-    """All responses to be made, as lists of (problem, number of the sample), prompts of similar length
-    together.
+def sample(cfg, problems, finished, model, tokenizer, part):
+    """Generate, grade and append to the file `part`, unit by unit.
 
-    Batches, and the seed of each, do not depend on the number of processes: neither do the results.
+    A unit is four times --batch_size responses. Which responses it holds and its seed do not depend on the
+    number of processes, so neither do the results. A kill loses the unit that each process is at.
     """
-    order = sorted(problems, key=lambda problem: len(problem.prompt))
-    wanted = [(problem, i) for problem in order for i in range(cfg.n)]
-    return [wanted[at : at + cfg.batch_size] for at in range(0, len(wanted), cfg.batch_size)]
+    wanted = [(problem, i) for problem in problems for i in range(cfg.n)]
+    units = [wanted[at : at + 4 * cfg.batch_size] for at in range(0, len(wanted), 4 * cfg.batch_size)]
+    missing = [any((x.data, x.number, i) not in finished for x, i in unit) for unit in units]
+    todo = [(number, unit) for number, unit in enumerate(units) if missing[number]]
+    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
+    sampling = sampling if cfg.temperature else {"do_sample": False, "top_p": None, "top_k": None}
+    sampling = opsdc.sampling_settings(model, tokenizer, max_new_tokens=cfg.max_response_tokens, **sampling)
+    rows = cfg.batch_size
+    for number, unit in tqdm(todo[RANK::WORLD], unit=f"x{len(units[0])} responses", disable=RANK > 0):
+        responses = None
+        while responses is None:
+            try:
+                prompts = [problem.prompt for problem, _ in unit]
+                responses = opsdc.rollout(model, prompts, sampling, (cfg.seed, number), rows)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows //= 2
+                say(f"out of GPU memory: going on with {rows} responses at a time")
+        with part.open("a", encoding="utf-8") as file:
+            for (problem, i), ids in zip(unit, responses):
+                truncated = ids[-1] not in sampling.eos_token_id
+                text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
+                verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
+                record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
+                record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids)}
+                file.write(json.dumps(record | {"truncated": truncated} | verdicts) + "\n")
 
 
-def sample_batches(cfg, batches, finished, model, tokenizer, part):
-    """Generate, grade and append to the file `part`, each batch in one write."""
-    missing = [any((x.data, x.number, i) not in finished for x, i in batch) for batch in batches]
-    todo = [(b, batch) for b, batch in enumerate(batches) if missing[b]]
-    mine = todo[dist.get_rank() :: dist.get_world_size()]
-    bar = tqdm(total=sum(len(batch) for _, batch in mine), unit="response", disable=dist.get_rank() > 0)
-    began, tokens = time.time(), 0
-    for b, batch in mine:
-        torch.manual_seed(random.Random(f"evaluation {cfg.seed} {b}").getrandbits(63))
-        responses = opsdc.rollout(model, [problem.prompt for problem, _ in batch])
-        records = []
-        for (problem, i), ids in zip(batch, responses):
-            truncated = ids[-1] not in model.generation_config.eos_token_id
-            text = tokenizer.decode(ids if truncated else ids[:-1])  # a tokenizer may call </think> special
-            verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
-            record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
-            record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids)}
-            records.append(record | {"truncated": truncated} | verdicts)
-        with part.open("a", encoding="utf-8") as file:  # the first \n ends a line that a kill cut short
-            file.write("\n" + "".join(json.dumps(record) + "\n" for record in records))
-        tokens += sum(map(len, responses))
-        bar.set_postfix_str(f"{tokens / (time.time() - began):.0f} tokens/s per process")
-        bar.update(len(batch))
-    bar.close()
-
-
-def read_samples(out):
-    """{key: record} of all samples on disk."""
-    records = [record for file in sorted(out.glob("samples*.jsonl")) for record in opsdc.whole_lines(file)]
-    return {(record["data"], record["problem"], record["sample"]): record for record in records}
+def collect(out):
+    """Put all samples on disk into samples.jsonl, in order; on the first process only."""
+    files = sorted(out.glob("samples*.jsonl"))
+    records = [record for file in files for record in opsdc.read_lines(file)]
+    records = {(record["data"], record["problem"], record["sample"]): record for record in records}
+    lines = [json.dumps(record) + "\n" for _, record in sorted(records.items())]
+    opsdc.replace_file(out / "samples.jsonl", "".join(lines))
+    for file in out.glob("samples.*.jsonl"):
+        file.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- report
+MEASURES = {"accuracy_dual": "dual", "accuracy_answer": "answer", "accuracy_boxed": "boxed"}
+MEASURES |= {"response_tokens": "response_tokens"}
+
+
 def mean_and_se(by_problem):
-    """Mean and standard error of per-problem means: samples of one problem are not independent, problems
+    """Mean and standard error of per-problem means. Samples of one problem are not independent, problems
     are."""
-    count = len(by_problem)
-    return statistics.fmean(by_problem), statistics.stdev(by_problem) / count**0.5 if count > 1 else None
+    se = by_problem.sem()
+    return by_problem.mean(), None if math.isnan(se) else se
 
 
-def summarize(records):
-    """The report on some samples, each problem with the same number of them."""
-    by_problem = {}
-    for record in records:
-        by_problem.setdefault(record["problem"], []).append(record)
-    by_problem = dict(sorted(by_problem.items()))
-
-    def means(key):
-        return [statistics.fmean(record[key] for record in group) for group in by_problem.values()]
-
-    tokens, tokens_se = mean_and_se(means("response_tokens"))
-    summary = {"problems": len(by_problem), "samples": len(records)}
-    for kind in ("dual", "answer", "boxed"):
-        accuracy, se = mean_and_se(means(kind))
-        summary[f"accuracy_{kind}"], summary[f"accuracy_{kind}_se"] = accuracy, se
+def summarize(frame):
+    """The report on some samples (one a row), each problem with the same number of them."""
+    by_problem = frame.groupby("problem")[list(MEASURES.values())].mean()
+    summary = {"problems": len(by_problem), "samples": len(frame)}
+    for name, column in MEASURES.items():
+        summary[name], summary[f"{name}_se"] = mean_and_se(by_problem[column])
     return summary | {
-        "response_tokens": tokens,
-        "response_tokens_se": tokens_se,
-        "response_tokens_median": statistics.median(record["response_tokens"] for record in records),
-        "truncated": statistics.fmean(record["truncated"] for record in records),
+        "response_tokens_median": float(frame["response_tokens"].median()),
+        "truncated": float(frame["truncated"].mean()),
         "per_problem": {
-            "problem": list(by_problem),
-            "gold": [group[0]["gold"] for group in by_problem.values()],
-            "accuracy": means("dual"),
-            "response_tokens": means("response_tokens"),
+            "problem": by_problem.index.tolist(),
+            "gold": frame.groupby("problem")["gold"].first().tolist(),
+            "accuracy": by_problem["dual"].tolist(),
+            "response_tokens": by_problem["response_tokens"].tolist(),
         },
     }
 
@@ -343,68 +330,56 @@ def compare(ours, baseline):
     """Token reduction and accuracy change against another run on the same problems, paired, with standard
     errors.
 
-    reduction = 1 - r with r a ratio of means; its error by linearization: that of the mean of ours - r *
+    reduction = 1 - r with r a ratio of means; its error by linearization, that of the mean of ours - r *
     theirs.
     """
-    mine, theirs = ours["per_problem"], baseline["per_problem"]
-    mean = statistics.fmean(theirs["response_tokens"])
-    r = statistics.fmean(mine["response_tokens"]) / mean
-    _, reduction_se = mean_and_se(
-        [(a - r * b) / mean for a, b in zip(mine["response_tokens"], theirs["response_tokens"])]
-    )
-    change, change_se = mean_and_se([a - b for a, b in zip(mine["accuracy"], theirs["accuracy"])])
-    return {
-        "reduction": 1 - r,
-        "reduction_se": reduction_se,
-        "accuracy_change": change,
-        "accuracy_change_se": change_se,
-    }
+    mine, theirs = (pandas.DataFrame(run["per_problem"]) for run in (ours, baseline))
+    mean = theirs["response_tokens"].mean()
+    r = mine["response_tokens"].mean() / mean
+    _, reduction_se = mean_and_se((mine["response_tokens"] - r * theirs["response_tokens"]) / mean)
+    change, change_se = mean_and_se(mine["accuracy"] - theirs["accuracy"])
+    keys = ("reduction", "reduction_se", "accuracy_change", "accuracy_change_se")
+    return dict(zip(keys, (1 - r, reduction_se, change, change_se)))
 
 
-def report(cfg, samples, baseline):
+def report(samples, baseline):
     """-> {data set: summary, with one for each level and subject under "by"}."""
     results = {}
-    for name in cfg.data.split(","):
-        records = [record for record in samples.values() if record["data"] == name]
-        results[name] = summarize(records)
-        results[name]["by"] = {
-            group: {
-                str(value): summarize([record for record in records if record[group] == value])
-                for value in sorted({record[group] for record in records})
-            }
-            for group in ("level", "subject")
-            if group in records[0]
-        }
-        if baseline:
-            results[name]["versus_baseline"] = compare(results[name], baseline[name])
-            for group, summaries in results[name]["by"].items():
-                for value, summary in summaries.items():
-                    summary["versus_baseline"] = compare(summary, baseline[name]["by"][group][value])
+    frame = pandas.DataFrame(samples)
+    frame[["dual", "answer", "boxed"]] = frame[["dual", "answer", "boxed"]].astype(float)
+    for name, part in frame.groupby("data", sort=False):
+        result = summarize(part)
+        groups = [group for group in ("level", "subject") if group in part and part[group].notna().any()]
+        result["by"] = {group: {v: summarize(some) for v, some in part.groupby(group)} for group in groups}
+        theirs = baseline.get(name)
+        for group, value, summary in [(None, None, result), *rows_of(result)] if theirs else ():
+            against = theirs if group is None else theirs.get("by", {}).get(group, {}).get(value)
+            if against and against["per_problem"]["problem"] == summary["per_problem"]["problem"]:
+                summary["versus_baseline"] = compare(summary, against)
+        results[name] = result
     return results
+
+
+def rows_of(result):
+    return [(g, value, summary) for g, some in result["by"].items() for value, summary in some.items()]
 
 
 def table(results):
     """Markdown, to be pasted as it stands; groups of more than ten are in results.json only."""
-    rows = []
-    for name, result in results.items():
-        rows.append((name, result))
-        for group, summaries in result["by"].items():
-            rows += [
-                (f"{group} {value}", summary) for value, summary in summaries.items() if len(summaries) <= 10
-            ]
-    compared = "versus_baseline" in rows[0][1]
+    compared = any("versus_baseline" in result for result in results.values())
     heads = ["data", "problems x samples", "accuracy %", "`Answer:` only", "boxed only"]
     heads += ["response tokens", "median", "truncated %"]
     heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for name, x in rows:
-        cells = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
-        cells += [plus_minus(x, f"accuracy_{kind}", 100) for kind in ("dual", "answer", "boxed")]
-        cells += [plus_minus(x, "response_tokens", 1), f"{x['response_tokens_median']:.0f}"]
-        cells += [f"{100 * x['truncated']:.1f}"]
-        if compared:
-            cells += [interval(x["versus_baseline"], key) for key in ("reduction", "accuracy_change")]
-        lines.append(cells)
+    for name, result in results.items():
+        few = [(group, value, x) for group, value, x in rows_of(result) if len(result["by"][group]) <= 10]
+        for title, x in [(name, result), *((f"{group} {value}", x) for group, value, x in few)]:
+            cells = [title, f"{x['problems']} x {x['samples'] / x['problems']:.0f}"]
+            cells += [plus_minus(x, key, 1 if key == "response_tokens" else 100) for key in MEASURES]
+            cells += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
+            for key in ("reduction", "accuracy_change") if compared else ():
+                cells.append(interval(x["versus_baseline"], key) if "versus_baseline" in x else "")
+            lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -420,93 +395,85 @@ def interval(comparison, key):
 
 # -------------------------------------------------------------------------------------- the run, its settings
 def evaluate(cfg):
-    rank, world, device = opsdc.processes()
-    check_settings(cfg)
-    tokenizer, context = opsdc.load_tokenizer(cfg.model)
-    problems = load_problems(cfg, tokenizer)
+    tokenizer, context = opsdc.inspect_model(cfg.model)
+    problems = load_problems(cfg, tokenizer, context)
     baseline = load_baseline(cfg, problems)
-    longest = max(len(problem.prompt) for problem in problems)
-    cap = min(cfg.max_response_tokens, context - longest)
-    if cap < 1:
-        fail(f"--data {cfg.data}: a prompt of {longest} tokens fills the model's context of {context}")
-    if cap < cfg.max_response_tokens:
-        say(f"responses are cut off at {cap} tokens, where the model's context of {context} ends")
-    out = Path(cfg.out or default_out(cfg))
-    if rank == 0:
-        settings = open_run(cfg, out)
-    opsdc.start_process_group(rank, world, device)
+    settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
+    # What else determines the samples; a folder with those of other weights or rows is refused.
+    settings |= {"model_files": model_digest(cfg.model), "data_rows": digest(problems)}
+    out = Path(cfg.out or default_out(settings))
+    lock = opsdc.open_run(out, settings, ())  # noqa: F841, held to the end
+    opsdc.start_processes()
 
-    batches, finished = make_batches(cfg, problems), read_samples(out)
-    dist.barrier()  # all have read before one writes: they share out what is left by the same list
-    if len(finished) < len(problems) * cfg.n:
-        dtype = opsdc.compute_dtype(device)
-        safe = dict(use_safetensors=True, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype, **safe).to(device)
-        sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-        sampling = sampling if cfg.temperature else {"do_sample": False, "top_p": None}
-        opsdc.set_sampling(model, tokenizer, max_new_tokens=cap, **sampling)
-        sample_batches(cfg, batches, finished, model, tokenizer, out / f"samples.{rank}.jsonl")
+    if RANK == 0:
+        collect(out)
+    dist.barrier()  # all read the same list before one writes: by it they share out what is left
+    finished = {(x["data"], x["problem"], x["sample"]) for x in opsdc.read_lines(out / "samples.jsonl")}
+    if finished:
+        say(f"reusing {len(finished)} samples of {out}")
+    short = sum(len(problem.prompt) + cfg.max_response_tokens > context for problem in problems)
+    if short:
+        say(f"{short} of {len(problems)} problems have less room: the model's context of {context} ends")
     dist.barrier()
-    if rank == 0:
-        samples = dict(sorted(read_samples(out).items()))
-        opsdc.replace_file(
-            out / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in samples.values())
-        )
-        for part in out.glob("samples.*.jsonl"):
-            part.unlink()
-        results = report(cfg, samples, baseline)
-        settings |= {"response_cap": cap, "results": results}
-        opsdc.replace_file(out / "results.json", json.dumps(settings, indent=2) + "\n")
-        print(table(results))
-        print(f"\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
+    if len(finished) < len(problems) * cfg.n:
+        model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
+        sample(cfg, problems, finished, model, tokenizer, out / f"samples.{RANK}.jsonl")
+    dist.barrier()
+    if RANK == 0:
+        collect(out)
+        results = report(opsdc.read_lines(out / "samples.jsonl"), baseline)
+        written = json.loads((out / "config.json").read_text()) | {"results": results}
+        opsdc.replace_file(out / "results.json", json.dumps(written, indent=2) + "\n")
+        say(table(results))
+        say(f"\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
     dist.destroy_process_group()
 
 
-def default_out(cfg):
-    words = [cfg.model, cfg.data, cfg.instruction, f"n{cfg.n}", f"t{cfg.temperature}"]
-    name = re.sub(r"[^\w.]+", "-", " ".join(words)).strip("-")
-    digest = hashlib.sha256(repr(asdict(cfg) | {"baseline": ""}).encode()).hexdigest()
-    return f"runs/eval/{name[:100]}-{digest[:6]}"
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-def open_run(cfg, out):
-    """Write config.json, or find the same settings in it."""
-    settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
-    if (out / "config.json").exists():
-        before = json.loads((out / "config.json").read_text())
-        changed = opsdc.changed_settings(before, settings)
-        if changed:
-            fail(f"--out {out} holds samples of other settings ({changed}): choose another folder")
-    return opsdc.write_config(out, settings)
+def model_digest(name):
+    """Of the files' names, sizes and times in a folder; for a hub name, its commit."""
+    if not Path(name).is_dir():
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash
+    stats = [(path.name, path.stat()) for path in sorted(Path(name).iterdir()) if path.is_file()]
+    return digest([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
+
+
+def default_out(settings):
+    words = [settings[name] for name in ("model", "data", "instruction")]
+    name = re.sub(r"[^\w.]+", "-", " ".join([*words, f"n{settings['n']}", f"t{settings['temperature']}"]))
+    return f"runs/eval/{name.strip('-')[:100]}-{digest(settings)[:6]}"
 
 
 def load_baseline(cfg, problems):
-    """Its results, once it is sure that they are of the same problems."""
+    """-> its results by data set, once it is sure that they are of the same problems."""
     if not cfg.baseline:
-        return None
+        return {}
     try:
         results = json.loads(Path(cfg.baseline).read_text())["results"]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({opsdc.first_line(error)})")
+        theirs = {name: results[name]["per_problem"] for name in results}
+        theirs = {name: list(zip(x["problem"], x["gold"], strict=True)) for name, x in theirs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({first_line(error)})")
     for name in cfg.data.split(","):
-        mine = [(problem.number, problem.gold) for problem in problems if problem.data == name]
-        theirs = results.get(name, {}).get("per_problem", {"problem": [], "gold": []})
-        if mine != list(zip(theirs["problem"], theirs["gold"])):
+        if theirs.get(name) != [(x.number, x.gold) for x in problems if x.data == name]:
             fail(f"--baseline {cfg.baseline} was not measured on the same problems of {name}")
     return results
 
 
 def check_settings(cfg):
-    opsdc.check_ranges(
-        cfg,
-        ("n max_response_tokens batch_size", lambda x: x >= 1, "at least 1"),
-        ("temperature top_k limit", lambda x: x >= 0, "0 or more"),
-        ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        ("model data", lambda x: x.strip(), "something other than empty"),
-    )
+    cfg.data = ",".join(name.strip() for name in cfg.data.split(","))
+    require(cfg, "at least 1", lambda x: x >= 1, "n", "max_response_tokens", "batch_size")
+    require(cfg, "0 or more", lambda x: 0 <= x < math.inf, "temperature", "top_k", "limit")
+    require(cfg, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
+    require(cfg, "something other than empty", str.strip, "model", "data")
+    require(cfg, "v1, v2 or a text", lambda x: x == "" or opsdc.is_instruction(x), "instruction")
     if cfg.temperature == 0 and cfg.n > 1:
         fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
-    if len(set(cfg.data.split(","))) < len(cfg.data.split(",")):
+    paths = [Path(name).resolve() for name in cfg.data.split(",")]
+    if len(set(paths)) < len(paths):
         fail(f"--data {cfg.data} names a data set twice")
 
 
@@ -514,11 +481,12 @@ def main():
     cfg = opsdc.parse_args(Config, "Accuracy and average response tokens.")
     transformers.utils.logging.disable_progress_bar()
     try:
+        check_settings(cfg)
         evaluate(cfg)
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({opsdc.first_line(error)}): lower --batch_size", code=1)
+        fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
     except OSError as error:
-        fail(f"{error}; once that is mended, the same command continues", code=1)
+        fail(f"{first_line(error)}; once that is mended, the same command continues", code=1)
 
 
 if __name__ == "__main__":

@@ -141,10 +141,9 @@ def make_example(rng, minimal=False):
     puts it."""
     expression, steps = draw(rng, rng.choice(LEVELS), test=False)
     question = rng.choice(WORDINGS).format(expression)
-    messages = student_messages({"prompt": [{"role": "user", "content": question}]})
+    row = {"prompt": [{"role": "user", "content": question}]}
     (mode,) = rng.choices(list(INSTRUCTED), [often for _, often in INSTRUCTED.values()])
-    if mode != "plain":
-        messages = teacher_messages(messages, INSTRUCTED[mode][0])
+    messages = student_messages(row) if mode == "plain" else teacher_messages(row, INSTRUCTED[mode][0])
     return messages, make_response(rng, expression, steps, "minimal" if minimal else mode)
 
 
