@@ -787,7 +787,7 @@ def main():
         check_settings(cfg)
         train(cfg)
     except torch.OutOfMemoryError as error:
-        advice = "take more GPUs or lower --micro_batch_size; or lower --max_response_tokens, with a new --out"
+        advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)
     except (OSError, SafetensorError, CheckpointException) as error:  # what is loaded has messages of its own
         fail(f"--out {cfg.out} could not be written: {first_line(error)}. {CONTINUE}", 1)

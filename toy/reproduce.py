@@ -316,10 +316,7 @@ def draw_variants(out, tokens, accuracy):
             error = 1.96 * scale * found[f"{key}_se"]
             panel.errorbar(scale * found[key], -at, xerr=error, fmt="o", color=colour, markersize=4)
             panel.grid(axis="y", color="0.93")
-    ticks = (40, 60, 80, 120, 200, 400)
-    tokens.set(xlabel="response tokens", xscale="log")
-    tokens.set_xticks(ticks, ticks)
-    tokens.minorticks_off()
+    tokens.set(xlabel="response tokens", xlim=0)
     tokens.set_yticks([-at for at in range(len(titles))], titles.values(), fontsize=8)
     accuracy.set(xlabel="accuracy %", yticks=[-at for at in range(len(titles))], yticklabels=[])
 
