@@ -118,11 +118,15 @@ def bare(text):
 
 def choice(text):
     """The letter of the one option that an answer names: B, (b), Option B, B. Paris, The answer is B. None
-    where it names none or two."""
-    text = re.sub(r"^(\(?[A-Z]\)?)\s*[.:)]\s(?!.*\b(or|and) \(?[A-Z]\b).*", r"\1", text, flags=re.DOTALL)
-    alone = re.fullmatch(r"(?:(?:option|choice|answer|the|is)\s+)*\(?([a-z])\)?", text, re.IGNORECASE)
-    named = {alone[1].upper()} if alone else set(re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", text))
-    return named.pop() if len(named) == 1 else None
+    where it names none or two, or says what is not right."""
+    labelled = re.match(r"\(?([A-Z])\)?\s*[.:)]\s+(?!or\b|and\b)", text)
+    before = r"(?:(?:the|it|correct|answer|option|choice|letter|is)\s+)*"
+    alone = re.fullmatch(before + r"\(?([a-z])\)?", text, re.IGNORECASE)
+    if labelled or alone:
+        return (labelled or alone)[1].upper()
+    named = set(re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", text))
+    negated = re.search(r"\b(not|neither|nor|except)\b", text, re.IGNORECASE)
+    return named.pop() if len(named) == 1 and not negated else None
 
 
 def matches(gold, text):
@@ -221,7 +225,7 @@ def with_options(row):
     """
     row = {key: value for key, value in row.items() if value is not None}
     if "Correct Answer" in row:  # gpqa lists the right one first: shuffled, the same way every time
-        options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+        options = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))]
         order = random.Random(row["Question"]).sample(range(4), 4)
         row = {"question": row["Question"], "choices": [options[i] for i in order], "answer": order.index(0)}
     answer, options = row.get("answer", row.get("answerKey", "")), row.get("choices", row.get("options"))
@@ -237,8 +241,9 @@ def with_options(row):
     if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(x, str) for x in texts):
         raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
     letters = list(string.ascii_uppercase[: len(texts)])
-    names = [range(len(texts))] if isinstance(answer, int) else [labels, letters, texts]
-    right = next((list(some).index(answer) for some in names if answer in some), None)
+    names = [range(len(texts))] if isinstance(answer, int) else [letters, texts]
+    names = [[str(name) for name in some] for some in (labels, *names)]
+    right = next((some.index(str(answer)) for some in names if str(answer) in some), None)
     if right is None:
         raise ValueError(f"its answer {answer!r} is none of its {len(texts)} options")
     column = next((name for name in ("prompt", "problem", "question") if name in row), None)
@@ -468,7 +473,8 @@ def check_settings(cfg):
     require(cfg, "at least 1", lambda x: x >= 1, "n", "max_response_tokens", "batch_size")
     require(cfg, "0 or more", lambda x: 0 <= x < math.inf, "temperature", "top_k", "limit")
     require(cfg, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
-    require(cfg, "something other than empty", str.strip, "model", "data")
+    require(cfg, "something other than empty", lambda x: all(x.split(",")), "model", "data")
+    cfg.instruction = cfg.instruction.strip()
     require(cfg, "v1, v2 or a text", lambda x: x == "" or opsdc.is_instruction(x), "instruction")
     if cfg.temperature == 0 and cfg.n > 1:
         fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")

@@ -226,7 +226,7 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
     FSDP averages gradients over processes. With equal shares that is exactly the mean over the batch.
     """
     for layer in student.base_model.layers:
-        layer.training = True  # where gradient checkpointing looks; dropout, one level deeper, stays off
+        layer.training = getattr(layer, "gradient_checkpointing", False)  # its switch; dropout, below, is off
     by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # neighbours need little padding
     losses, entropies = [], []
     for at in range(0, len(batch), cfg.micro_batch_size):
@@ -492,7 +492,7 @@ def prompt_ids(tokenizer, messages):
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=True, tokenize=True, return_dict=False
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"is refused by the model's chat template: {first_line(error)}") from error
 
 
@@ -551,7 +551,7 @@ def open_run(out, settings, free):
         before = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
         before = None
-    fresh = not out.exists() or set(os.listdir(out)) <= {".lock", "config.json.partial"}
+    fresh = not out.is_dir() or set(os.listdir(out)) <= {".lock", "config.json.partial"}
     if not fresh and not (isinstance(before, dict) and before.keys() >= settings.keys()):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
     changed = [] if fresh else [key for key in settings if key not in free and before[key] != settings[key]]
@@ -565,6 +565,8 @@ def open_run(out, settings, free):
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
+        if settings.keys() == set(free) and any((out / log).exists() for log in LOGS):
+            fail(f"--out {out}: another run has been there since this one began: choose another folder")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except BlockingIOError:
         fail(f"--out {out}: another process is writing there")
@@ -647,7 +649,8 @@ def load_checkpoint(cfg, state):
             dcp.load(state, storage_reader=reader, no_dist=ALONE)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
             fail(f"--resume: {folder}/step_{step} is damaged ({first_line(error)}): choose another --out", 1)
-        say(f"continuing after step {step}")
+    if cfg.resume:
+        say(f"continuing after step {step}" if step else "no checkpoint yet: beginning with step 1")
     if RANK == 0:
         folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
         for log in (Path(cfg.out, log) for log in LOGS):
@@ -760,13 +763,14 @@ def check_settings(cfg):
     require(cfg, "above 0", lambda x: 0 < x < math.inf, "temperature", "lr", "grad_clip")
     require(cfg, "something other than empty", str.strip, "model", "data", "out")
     require(cfg, "v1, v2 or a text", is_instruction, "instruction")
+    cfg.instruction = cfg.instruction.strip()
     unit = WORLD * cfg.micro_batch_size
     if cfg.batch_size % unit:
         fail(
             f"--batch_size {cfg.batch_size} does not divide over {WORLD} processes in micro-batches of "
             f"{cfg.micro_batch_size}: make it a multiple of {unit}, or change --micro_batch_size"
         )
-    if any(Path(cfg.out, log).exists() for log in LOGS):
+    if any(Path(cfg.out, log).exists() for log in LOGS) or last_checkpoint(cfg):
         if not cfg.resume:
             fail(f"--out {cfg.out} already holds a run: continue it with --resume, or choose another folder")
         if not Path(cfg.out, "checkpoint").is_dir():
@@ -776,7 +780,7 @@ def check_settings(cfg):
 
 
 def is_instruction(text):
-    return text in INSTRUCTIONS or text.strip() and not re.fullmatch(r"[vV]\d+", text)
+    return text.strip() in INSTRUCTIONS or text.strip() and not re.fullmatch(r"\s*[vV]\d+\W*", text)
 
 
 def main():

@@ -1160,6 +1160,8 @@ def verdicts(final, gold, thinking="x", truncated=False):
     ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "option b", "The answer is B",
            "B) Paris", "B: A cat", "I think B"),
      ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B")),
+    ("D", ("D. Both A and B", "D. A and B", "It is d", "The correct answer is D"),
+     ("Not D", "neither D", "anything except D", "D. or E.")),
     ("A", ("A", "A. One"), ("A or B", "(A) and (B)", "A cat, B")),
     ("\\text{(C)}", ("C", "(C)", "$\\displaystyle \\text{(C)}$"), ("D",)),
 ))  # fmt: skip
@@ -1242,6 +1244,7 @@ ARC = {"text": ["Rome", "Paris"], "label": ["1", "2"]}
     {"problem": "Capital?", "options": ["Rome", "Paris"], "answer": "B"},
     {"prompt": "Capital?", "choices": ["Rome", "Paris"], "options": None, "answer": "Paris"},
     {"prompt": [{"role": "user", "content": "Capital?"}], "choices": ARC, "answerKey": "2"},
+    {"question": "Capital?", "choices": ARC, "answerKey": 2},
 ))  # fmt: skip
 def test_options_in_any_form(row):
     asked, gold = evaluation.with_options(row)
@@ -1259,6 +1262,7 @@ def test_options_in_any_form(row):
     ({"choices": {"label": ["A"]}, "answer": "A"}, "2 to 26 texts"),
     ({"choices": ["x", "y"], "answer": "C"}, "'C' is none of its 2 options"),
     ({"choices": ["x", "y"], "answer": 2}, "2 is none of its 2 options"),
+    ({"Question": "Which?", "Correct Answer": "x", "Incorrect Answer 1": "y"}, "2 to 26 texts"),
 ))  # fmt: skip
 def test_what_cannot_be_graded_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
@@ -1403,6 +1407,7 @@ def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
     (("--instruction", "V1"), "--instruction is 'V1', must be v1, v2 or a text"),
     (("--data", "x.jsonl, ./x.jsonl"), "names a data set twice"),
     (("--data", "missing.jsonl"), "--data missing.jsonl: Unable to find"),
+    (("--data", f"{TOY}/test.jsonl,"), "must be something other than empty"),
     (("--data", f"{TOY}/test.jsonl:nosuch"), "there is no split nosuch"),
     (("--data", HERE / "toy" / "train.jsonl"), "row 1: has no answer (found: prompt)"),
     (("--model", HERE / ".ci"), "the folder has no config.json and no weights and no tokenizer"),
