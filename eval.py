@@ -291,14 +291,15 @@ def sample(cfg, problems, finished, model, tokenizer, part):
 
 
 def collect(out):
-    """Put all samples on disk into samples.jsonl, in order; on the first process only."""
+    """Put all samples on disk into samples.jsonl, in order -> the records; on the first process only."""
     files = sorted(out.glob("samples*.jsonl"))
     records = [record for file in files for record in opsdc.read_lines(file)]
     records = {(record["data"], record["problem"], record["sample"]): record for record in records}
-    lines = [json.dumps(record) + "\n" for _, record in sorted(records.items())]
-    opsdc.replace_file(out / "samples.jsonl", "".join(lines))
+    records = [record for _, record in sorted(records.items())]
+    opsdc.replace_file(out / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for file in out.glob("samples.*.jsonl"):
         file.unlink()
+    return records
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -407,7 +408,7 @@ def evaluate(cfg):
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": model_digest(cfg.model), "data_rows": digest(problems)}
     out = Path(cfg.out or default_out(settings))
-    lock = opsdc.open_run(out, settings, ())  # noqa: F841, held to the end
+    lock = opsdc.open_run(out, settings)  # noqa: F841, held to the end
     opsdc.start_processes()
 
     if RANK == 0:
@@ -425,8 +426,7 @@ def evaluate(cfg):
         sample(cfg, problems, finished, model, tokenizer, out / f"samples.{RANK}.jsonl")
     dist.barrier()
     if RANK == 0:
-        collect(out)
-        results = report(opsdc.read_lines(out / "samples.jsonl"), baseline)
+        results = report(collect(out), baseline)
         written = json.loads((out / "config.json").read_text()) | {"results": results}
         opsdc.replace_file(out / "results.json", json.dumps(written, indent=2) + "\n")
         say(table(results))

@@ -280,7 +280,7 @@ def rollout(model, prompts, sampling, seed, rows=None):
             leg = min(leg, max(caps[i] - len(responses[i]) for i in writing))
             # Left unsaid, synced_gpus keeps every process generating until the slowest is done.
             output = model.generate(ids, attention_mask=mask, max_new_tokens=leg, synced_gpus=False)
-            for i, new in zip(writing, output[:, ids.shape[1] :].tolist()):
+            for i, new in zip(writing, output[:, ids.size(-1) :].tolist()):
                 end = next((t for t, token in enumerate(new, 1) if token in eos), leg)  # pad may be EOS
                 responses[i] = (responses[i] + new[:end])[: caps[i]]
             writing = [i for i in writing if responses[i][-1] not in eos and len(responses[i]) < caps[i]]
@@ -307,7 +307,7 @@ def train(cfg):
     """Algorithm 1."""
     tokenizer, context = inspect_model(cfg.model)
     prompts = load_prompts(cfg, tokenizer, context)
-    lock = open_run(cfg.out, asdict(cfg), RESUME_MAY_CHANGE if cfg.resume else asdict(cfg))  # noqa: F841
+    lock = open_run(cfg.out, asdict(cfg), RESUME_MAY_CHANGE, cfg.resume)  # noqa: F841, held to the end
     start_processes()
 
     student = shard(load_model(cfg.model, "auto")).float()  # bf16 is too coarse for steps of 1e-6
@@ -541,9 +541,10 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl")
 RESUME_MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
 
 
-def open_run(out, settings, free):
+def open_run(out, settings, free=(), resume=True):
     """Write config.json into the folder `out` -> a lock on it, to be kept. Refused, so that nothing is
-    overwritten: other files, a run of other settings (`free` ones aside), a run that is still going on."""
+    overwritten: other files, a run that is still going on, to resume one of other settings (`free` ones
+    aside), to begin one where there are logs."""
     if RANK > 0:
         return None
     out = Path(out)
@@ -555,7 +556,7 @@ def open_run(out, settings, free):
     if not fresh and not (isinstance(before, dict) and before.keys() >= settings.keys()):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
     changed = [] if fresh else [key for key in settings if key not in free and before[key] != settings[key]]
-    if changed:
+    if resume and changed:
         was = "; ".join(f"--{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
         fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -565,7 +566,7 @@ def open_run(out, settings, free):
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
-        if settings.keys() == set(free) and any((out / log).exists() for log in LOGS):
+        if not resume and any((out / log).exists() for log in LOGS):
             fail(f"--out {out}: another run has been there since this one began: choose another folder")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except BlockingIOError:
@@ -735,7 +736,7 @@ class Log:
 
     def describe(self, step, prompt, response, token_kl):
         """A rollout as a record from which anyone can recompute the loss."""
-        ids = {"student_prompt": prompt[0], "teacher_prompt": prompt[1], "response": response}
+        ids = dict(zip(("student_prompt", "teacher_prompt", "response"), (*prompt, response)))
         record = {"step": step} | {name: self.tokenizer.decode(some) for name, some in ids.items()}
         record |= {f"{name}_ids": some for name, some in ids.items()}
         return record | {"kl": token_kl.mean().item(), "token_kl": token_kl.tolist()}

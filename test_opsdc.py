@@ -715,7 +715,7 @@ def test_algorithm_1_is_tagged_line_by_line():
     code = (HERE / "opsdc.py").read_text().replace(opsdc.__doc__, "")
     for i in range(1, 10):
         assert f"[{i}]" in opsdc.__doc__ and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1, i
-        assert code.count(f"# [{i}]") == 1, i
+        assert code.count(f"[{i}]") == 1, i
 
 
 # --------------------------------------------------------------------------------------------------- training
