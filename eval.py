@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas
-import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
@@ -57,7 +56,11 @@ class Config:
     top_p: float = HfArg(default=0.95, help="nucleus sampling (paper: 0.95); 1 is off")
     top_k: int = HfArg(default=20, help="top-k sampling (paper: 20); 0 is off")
     max_response_tokens: int = HfArg(default=30000, help="a response cut off here is wrong (paper: 30000)")
-    batch_size: int = HfArg(default=8, help="responses at a time per process; halved when memory runs out")
+    batch_size: int = HfArg(
+        default=8,
+        help="responses of full length at a time per process, more while they are short; halved when memory "
+        "runs out",
+    )
     limit: int = HfArg(default=0, help="first problems of each data set only; 0 is all")
     instruction: str = HfArg(default="", help="put into the prompt: v1, v2 or any text; empty is none")
     baseline: str = HfArg(default="", help="results.json of another run on the same data, to compare with")
@@ -258,28 +261,32 @@ def with_options(row):
 def sample(cfg, problems, finished, model, tokenizer, part):
     """Generate, grade and append to the file `part`, unit by unit.
 
-    A unit is four times --batch_size responses. Which responses it holds and its seed do not depend on the
-    number of processes, so neither do the results. A kill loses the unit that each process is at.
+    A unit is a 32nd of a data set, but at least 4 and at most 128 times --batch_size responses. Which ones it
+    holds and its seed do not depend on the number of processes, so neither do the results. A kill loses the
+    unit that each process is at.
     """
-    wanted = [(problem, i) for problem in problems for i in range(cfg.n)]
-    units = [wanted[at : at + 4 * cfg.batch_size] for at in range(0, len(wanted), 4 * cfg.batch_size)]
+    units = []
+    for name in cfg.data.split(","):
+        wanted = [(problem, i) for problem in problems if problem.data == name for i in range(cfg.n)]
+        size = min(max(len(wanted) // 32, 4 * cfg.batch_size), 128 * cfg.batch_size)
+        units += [wanted[at : at + size] for at in range(0, len(wanted), size)]
     missing = [any((x.data, x.number, i) not in finished for x, i in unit) for unit in units]
     todo = [(number, unit) for number, unit in enumerate(units) if missing[number]]
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
     sampling = sampling if cfg.temperature else {"do_sample": False, "top_p": None, "top_k": None}
     sampling = opsdc.sampling_settings(model, tokenizer, max_new_tokens=cfg.max_response_tokens, **sampling)
     rows = cfg.batch_size
-    for number, unit in tqdm(todo[RANK::WORLD], unit=f"x{len(units[0])} responses", disable=RANK > 0):
+    for number, unit in tqdm(todo[RANK::WORLD], unit="unit", disable=RANK > 0):
         responses = None
         while responses is None:
             try:
                 prompts = [problem.prompt for problem, _ in unit]
                 responses = opsdc.rollout(model, prompts, sampling, (cfg.seed, number), rows)
-            except torch.OutOfMemoryError:
-                if rows == 1:
+            except RuntimeError as error:
+                if rows == 1 or not opsdc.out_of_memory(error):
                     raise
                 rows //= 2
-                say(f"out of GPU memory: going on with {rows} responses at a time")
+                say(f"out of GPU memory: going on as with --batch_size {rows}")
         with part.open("a", encoding="utf-8") as file:
             for (problem, i), ids in zip(unit, responses):
                 truncated = ids[-1] not in sampling.eos_token_id
@@ -489,7 +496,9 @@ def main():
     try:
         check_settings(cfg)
         evaluate(cfg)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not opsdc.out_of_memory(error):
+            raise
         fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
     except OSError as error:
         fail(f"{first_line(error)}; once that is mended, the same command continues", code=1)

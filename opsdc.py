@@ -46,6 +46,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -250,42 +251,46 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
 
 # ---------------------------------------------------------------------------------------------------- rollout
 def rollout(model, prompts, sampling, seed, rows=None):
-    """One response per prompt with plain `generate`, at most `rows` at a time -> lists of token ids, in the
-    prompts' order.
+    """One response per prompt with plain `generate` -> lists of token ids, in the prompts' order.
 
     One call would compute every row until the longest response ends. So they are written in legs: after each,
-    responses that are done leave, waiting ones take their places, and all go on from prompt + response so
-    far. A response ends with its EOS, which is scored like any token (when to stop is what is being learnt),
-    or at its cap: max_new_tokens, or less where the model's context ends. The sampled ids are kept, since
-    their text need not turn into the same ids again.
+    responses that are done leave, and those that are shortest so far go on from prompt + response. `rows`
+    bounds the KV cache: it is how many responses of full length are written at a time, and more of them while
+    they are short; None is all. A response ends with its EOS, which is scored like any token (when to stop is
+    what is being learnt), or at its cap: max_new_tokens, or less where the model's context ends. The sampled
+    ids are kept, since their text need not turn into the same ids again.
     """
     torch.manual_seed(hash(seed))
-    eos, room = sampling.eos_token_id, context_length(model.config)
-    caps = [min(sampling.max_new_tokens, room - len(prompt)) for prompt in prompts]
-    responses, waiting, writing = [[] for _ in prompts], list(range(len(prompts))), []
+    eos, context = sampling.eos_token_id, context_length(model.config)
+    caps = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    full = max(len(prompt) + cap for prompt, cap in zip(prompts, caps))
+    responses, waiting = [[] for _ in prompts], list(range(len(prompts)))
     model.eval()
     own, model.generation_config = model.generation_config, sampling  # generate() fills gaps from the model's
     bar = tqdm(total=len(prompts), unit="response", leave=False, disable=None if RANK == 0 else True)
     with gathered(model), torch.inference_mode(), bar:
-        while waiting or writing:
-            free = (rows or len(prompts)) - len(writing)
-            writing, waiting = writing + waiting[:free], waiting[free:]
-            texts = [torch.tensor(prompts[i] + responses[i]) for i in writing]
-            ids = pad_sequence(texts, True, sampling.pad_token_id, "left").to(DEVICE)  # [B, P]
-            mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(DEVICE)
+        while waiting:
+            waiting.sort(key=lambda i: len(responses[i]))  # rows that are alike in length need little padding
             # A leg begins with one pass over all texts and computes a row that ends to the leg's own end. At
             # an eighth of a text, that is 9 tokens read for each one written (reading is some hundred times
             # as fast), and a sixteenth of a response written in vain.
-            leg = max(64, mask.sum().item() // len(texts) // 8)
-            leg = min(leg, max(caps[i] - len(responses[i]) for i in writing))
+            longest = accumulate((len(prompts[i] + responses[i]) for i in waiting), max)  # of the first k
+            ends = [min(length + max(64, length // 8), full) for length in longest]
+            fitting = sum(k * end <= (rows or len(prompts)) * full for k, end in enumerate(ends, 1))
+            writing, waiting = waiting[:fitting], waiting[fitting:]
+            texts = [torch.tensor(prompts[i] + responses[i]) for i in writing]
+            ids = pad_sequence(texts, True, sampling.pad_token_id, "left").to(DEVICE)  # [B, P]
+            mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(DEVICE)
+            leg = min(ends[fitting - 1] - ids.size(1), max(caps[i] - len(responses[i]) for i in writing))
             # Left unsaid, synced_gpus keeps every process generating until the slowest is done.
             output = model.generate(ids, attention_mask=mask, max_new_tokens=leg, synced_gpus=False)
             for i, new in zip(writing, output[:, ids.size(-1) :].tolist()):
                 end = next((t for t, token in enumerate(new, 1) if token in eos), leg)  # pad may be EOS
                 responses[i] = (responses[i] + new[:end])[: caps[i]]
-            writing = [i for i in writing if responses[i][-1] not in eos and len(responses[i]) < caps[i]]
-            bar.update(len(prompts) - len(waiting) - len(writing) - bar.n)
-            bar.set_postfix_str(f"{len(writing)} being written, {sum(map(len, responses))} tokens so far")
+                if responses[i][-1] not in eos and len(responses[i]) < caps[i]:
+                    waiting.append(i)
+            bar.update(len(prompts) - len(waiting) - bar.n)
+            bar.set_postfix_str(f"{len(waiting)} being written, {sum(map(len, responses))} tokens so far")
     model.generation_config = own
     return responses
 
@@ -298,7 +303,8 @@ def sampling_settings(model, tokenizer, **settings):
     eos = tokenizer.eos_token_id if eos is None else eos
     eos = eos if isinstance(eos, list) else [eos]
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = {"do_sample": True, "top_p": 1.0, "top_k": 0, **settings}
+    # A leg's texts are read 1,024 tokens at a time: the attention mask of a whole read grows with its square.
+    settings = {"do_sample": True, "top_p": 1.0, "top_k": 0, "prefill_chunk_size": 1024, **settings}
     return GenerationConfig(**settings, eos_token_id=eos, pad_token_id=pad)
 
 
@@ -346,6 +352,7 @@ def train(cfg):
 def start_processes():
     """Join the other processes of torchrun, or be the only one."""
     if CUDA:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # the KV cache grows
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")  # TF32, in which products of bf16 numbers are exact
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, and keep a plan, for every new length
@@ -381,6 +388,11 @@ def first_line(error):
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def out_of_memory(error):
+    """Torch's allocator has a type for this. NCCL, cuBLAS, cuDNN and the driver only say so."""
+    return re.search("out of memory|ALLOC_FAILED", str(error))
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -448,6 +460,7 @@ def gathered(model):
     all-gather the whole model, and processes could not finish at different times."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
+    torch.cuda.empty_cache()  # FSDP's streams keep up to 16 GB (14B, 8 GPUs) out of reach
     for unit in units:
         unit.unshard()
         unit._forward_pre_hooks, unit._forward_hooks = {}, {}  # FSDP's, idle here; a tenth of a token
@@ -455,6 +468,7 @@ def gathered(model):
     for unit, before, after in hooks:
         unit._forward_pre_hooks, unit._forward_hooks = before, after
         unit.reshard()
+    torch.cuda.empty_cache()  # nor would training find what generating keeps
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -791,7 +805,9 @@ def main():
     try:
         check_settings(cfg)
         train(cfg)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)
     except (OSError, SafetensorError, CheckpointException) as error:  # what is loaded has messages of its own

@@ -36,6 +36,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import masking_utils
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands run here: their models are tiny
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before opsdc asks for one
@@ -216,6 +217,17 @@ def worker(path, tied):
     torch.distributed.destroy_process_group()
 
 
+OUT_OF_MEMORY = (  # as torch's allocator, NCCL, the driver and cuBLAS say it
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.29.7"
+        "\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
 def inject(fault):
     """Let something go wrong in the last process, in step 2 (SIGTERM: in step 3)."""
     step, draw_batch, loss_and_gradient, save = 0, opsdc.draw_batch, opsdc.loss_and_gradient, opsdc.dcp.save
@@ -225,7 +237,7 @@ def inject(fault):
         nonlocal step
         step = k
         if last and (k, fault) == (2, "out of memory"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise OUT_OF_MEMORY[1]
         if last and (k, fault) == (2, "crash"):
             raise RuntimeError("a cosmic ray")
         if last and (k, fault) in ((2, "kill"), (3, "terminate")):
@@ -528,6 +540,27 @@ def steady_sampler():
     return model
 
 
+def test_texts_are_read_in_parts(monkeypatch):
+    """No attention mask is larger than [rows, 1,024, S], and the tokens are those of one read."""
+    tokenizer, _ = opsdc.inspect_model(TOY)
+    model, sizes, make = opsdc.load_model(TOY, "auto"), [], masking_utils.sdpa_mask
+    model.config.max_position_embeddings = 4096
+
+    def watched(*args, **kwargs):
+        mask = make(*args, **kwargs)
+        sizes.append(0 if mask is None else mask.numel())
+        return mask
+
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+    greedy = {"do_sample": False, "top_k": None, "top_p": None, "max_new_tokens": 40}
+    written = []
+    for part in ({}, {"prefill_chunk_size": None}):
+        sampling = opsdc.sampling_settings(model, tokenizer, **greedy, **part)
+        written.append(opsdc.rollout(model, [[5] * 900, [6] * 1700], sampling, 0))
+        assert (max(sizes) <= 2 * 1024 * 1740) is not bool(part)
+    assert written[0] == written[1]
+
+
 def test_sampling_is_from_the_whole_vocabulary():
     """A top-k of 50, the library's own, would leave 11 of the 61 words out, the checkpoint's 41."""
     model = steady_sampler()
@@ -589,14 +622,20 @@ def test_responses_are_those_of_one_plain_call():
     assert [response] == plainly(plain, [[5, 6]], settings, 7) and len(response) == 150
 
 
-def test_legs_and_refilled_rows_do_not_change_the_distribution():
+def test_legs_do_not_change_the_distribution(monkeypatch):
     """Each token beside the model's own probabilities after prompt + response so far: how likely the sampled
     ones were, and how often a response ended, are within four standard errors of what was to be expected.
-    Lengths are like those of one plain call (a Kolmogorov-Smirnov test)."""
+    Lengths are like those of one plain call (a Kolmogorov-Smirnov test). The rows of a leg never hold more
+    tokens than 60 of full length (9 + 130), and are more than 60 while they are short."""
     model = tiny(3)
     model.lm_head.weight.data *= 0.5
     prompts, settings = [[5, 6], [7], [8, 9, 10, 11], [12] * 9] * 50, sampling(model, 130)
+    generate, shapes = model.generate, []
+    watched = lambda *args, **kwargs: (output := generate(*args, **kwargs), shapes.append(output.shape))[0]
+    monkeypatch.setattr(model, "generate", watched)
     responses = opsdc.rollout(model, prompts, settings, 0, rows=60)
+    assert max(rows * length for rows, length in shapes) <= 60 * 139 and shapes[0][0] > 60
+    monkeypatch.setattr(model, "generate", generate)
     surprise, ends = torch.zeros(2).double(), torch.zeros(2).double()  # sums: deviation, variance
     for prompt, response in zip(prompts, responses):
         with torch.no_grad():
@@ -1383,19 +1422,24 @@ def test_odd_groups_and_a_long_prompt_do_no_harm(evaluated, tmp_path, capsys, mo
     assert "0.0 (0.0 to 0.0)" in in_process(evaluation.main, capsys, monkeypatch, *flags, *compared)
 
 
-def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", (*OUT_OF_MEMORY, RuntimeError("a cosmic ray")), ids=range(5))
+def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     tokenizer, _ = opsdc.inspect_model(TOY)
     model, tried = opsdc.load_model(TOY, "auto"), []
 
     def rollout(model, prompts, sampling, seed, rows):
         tried.append(rows)
         if rows > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return [[5, 6]] * len(prompts)
 
     monkeypatch.setattr(opsdc, "rollout", rollout)
-    cfg = evaluation.Config(model=TOY, n=1, batch_size=8)
+    cfg = evaluation.Config(model=TOY, data="toy", n=1, batch_size=8)
     problems = [evaluation.Problem("toy", i, [1, 2], False, "1", {}) for i in range(40)]
+    if "cosmic" in str(error):
+        with pytest.raises(RuntimeError, match="a cosmic ray"):
+            evaluation.sample(cfg, problems, set(), model, tokenizer, tmp_path / "samples.0.jsonl")
+        return
     evaluation.sample(cfg, problems, set(), model, tokenizer, tmp_path / "samples.0.jsonl")
     assert tried == [8, 4, 2, 2] and len(lines(tmp_path / "samples.0.jsonl")) == 40
 

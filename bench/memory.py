@@ -116,7 +116,9 @@ def write_last_leg(student, prompts, T):
     cache = DynamicCache(config=student.config)
     ids, mask = torch.zeros(len(prompts), S, dtype=torch.long), torch.ones(len(prompts), end - 1)
     with torch.no_grad(), opsdc.gathered(student):
-        student(ids, attention_mask=mask[:, :S], past_key_values=cache, logits_to_keep=1)
+        for end_of_part in (*range(1024, S, 1024), S):  # as generate() reads, see sampling_settings
+            part = ids[:, cache.get_seq_length() : end_of_part]
+            student(part, attention_mask=mask[:, :end_of_part], past_key_values=cache, logits_to_keep=1)
         for layer in cache.layers:
             layer.update(*(x[:, :, :1].expand(-1, -1, end - S - 2, -1) for x in (layer.keys, layer.values)))
         student(ids[:, :1], attention_mask=mask, past_key_values=cache)
