@@ -52,25 +52,31 @@ def main():
         print(f"| {phase} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
 
 
-def step_memory(how, name, world):
-    """-> {phase: {use: bytes}}, from a process (or several) of its own."""
+def step_memory(how, name, world, *case):
+    """-> {phase: {use: bytes}}, from a process (or several) of its own. `case` is what lengths() gives, if
+    not that."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     launcher = launcher if how == "measured" else []
-    set_here = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed is given back
-    command = [sys.executable, *launcher, __file__, how, name, str(world)]
+    set_here = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+    set_here["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what is freed is given back
+    command = [sys.executable, *launcher, __file__, how, name, *map(str, (world, *case))]
     done = subprocess.run(command, env=os.environ | set_here, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 # --------------------------------------------------------------------------------------------------- the step
 def make_model(name, dtype):
+    """Random weights in host memory; "Qwen3-8B/5" has five layers. A GPU draws them a hundred times as fast."""
+    name, _, fewer = name.partition("/")
     hidden, layers, heads, intermediate, vocabulary = SIZES[name]
     config = Qwen3Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, head_dim=128,
+        hidden_size=hidden, num_hidden_layers=int(fewer or layers), num_attention_heads=heads, head_dim=128,
         num_key_value_heads=min(8, heads), intermediate_size=intermediate, vocab_size=vocabulary,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with opsdc.DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.cpu() if opsdc.CUDA else model
 
 
 def one_step(name, share, P, T, memory, write):
@@ -115,6 +121,8 @@ def write_last_leg(student, prompts, T):
         S += leg
     cache = DynamicCache(config=student.config)
     ids, mask = torch.zeros(len(prompts), S, dtype=torch.long), torch.ones(len(prompts), end - 1)
+    for i, prompt in enumerate(prompts):
+        mask[i, : max(map(len, prompts)) - len(prompt)] = 0  # texts of unequal length, padded on the left
     with torch.no_grad(), opsdc.gathered(student):
         for end_of_part in (*range(1024, S, 1024), S):  # as generate() reads, see sampling_settings
             part = ids[:, cache.get_seq_length() : end_of_part]
@@ -182,7 +190,7 @@ class Simulated(TorchDispatchMode):
         setattr(owner, name, wrapped)
 
 
-def simulate(name, world):
+def simulate(name, world, *case):
     """one_step() on tensors that have a shape and no data, made to do what it would on a GPU."""
     # Much of this is no public interface.
     from torch._subclasses import FakeTensorMode
@@ -198,7 +206,7 @@ def simulate(name, world):
     mesh = opsdc.init_device_mesh("cpu", (world,))
     opsdc.init_device_mesh = lambda *_: mesh  # made before: it and the next function read data
     masking_utils.find_packed_sequence_indices = lambda positions: None  # several texts in a row: here never
-    if name != "small":  # it is compared with processes on a CPU
+    if name.partition("/")[0] != "small":  # it is compared with processes on a CPU
         opsdc.COMPUTE_DTYPE, opsdc.CHUNK_LOGITS = torch.bfloat16, 2**26
 
     def to_gpu(parameters, *_):  # whole, to be cut there
@@ -220,7 +228,7 @@ def simulate(name, world):
     memory.during(DynamicLayer, "update", "KV cache")
     memory.during(opsdc, "loss_and_gradient", "loss")
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        report(one_step(name, *lengths(name, world), memory, write_last_leg), memory)
+        report(one_step(name, *(case or lengths(name, world)), memory, write_last_leg), memory)
 
 
 # --------------------------------------------------------------------------------------------------- measured
@@ -241,12 +249,12 @@ class Measured:
         return {"resident": self.resident("VmHWM") - self.first}
 
 
-def measure(name, world):
+def measure(name, world, *case):
     opsdc.start_processes()
     for _ in one_step("tiny", 2, 5, 3, Measured(), write_responses):  # libraries take what they keep
         pass
     memory = Measured()
-    report(one_step(name, *lengths(name, world), memory, write_responses), memory)
+    report(one_step(name, *(case or lengths(name, world)), memory, write_responses), memory)
 
 
 def lengths(name, world):
@@ -256,6 +264,7 @@ def lengths(name, world):
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        {"simulated": simulate, "measured": measure}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+        how, name, *numbers = sys.argv[1:]
+        {"simulated": simulate, "measured": measure}[how](name, *map(int, numbers))
     else:
         main()
