@@ -32,7 +32,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, as their
     "Qwen3-8B": (4096, 36, 32, 12_288, 151_936),
     "Qwen3-14B": (5120, 40, 40, 17_408, 151_936),
     "small": (256, 12, 8, 1024, 50_000),
-    "tiny": (32, 2, 2, 48, 64),
+    "tiny": (32, 2, 2, 48, 512),
 }
 RUNS = ("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16)  # processes
 USES = "parameters|Adam moments|gradients|teacher|gathered weights|KV cache|activations|loss".split("|")
@@ -56,7 +56,7 @@ def step_memory(how, name, world, *case):
     """-> {phase: {use: bytes}}, from a process (or several) of its own. `case` is what lengths() gives, if
     not that."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    launcher = launcher if how == "measured" else []
+    launcher = launcher if how == "measured" and world > 1 else []
     set_here = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     set_here["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what is freed is given back
     command = [sys.executable, *launcher, __file__, how, name, *map(str, (world, *case))]
@@ -66,7 +66,7 @@ def step_memory(how, name, world, *case):
 
 # --------------------------------------------------------------------------------------------------- the step
 def make_model(name, dtype):
-    """Random weights in host memory; "Qwen3-8B/5" has five layers. A GPU draws them a hundred times as fast."""
+    """Random weights in host memory; "Qwen3-8B/5" has five layers. If there is a GPU, it draws them."""
     name, _, fewer = name.partition("/")
     hidden, layers, heads, intermediate, vocabulary = SIZES[name]
     config = Qwen3Config(
@@ -76,7 +76,7 @@ def make_model(name, dtype):
     )  # fmt: skip
     with opsdc.DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.cpu() if opsdc.CUDA else model
+    return model.cpu().eval() if opsdc.CUDA else model.eval()
 
 
 def one_step(name, share, P, T, memory, write):
