@@ -11,7 +11,7 @@
 7. ten steps of `train`: what piles up, and what warnings were said
 
 All weights but the toy's are random; nothing is downloaded. A section that fails says so, and the next one
-goes on. Without CUDA all shapes are tiny: a test of the script, in under a minute, whose speeds mean nothing.
+goes on. Without CUDA all shapes are tiny: a test of the script, in about a minute, whose speeds mean nothing.
 """
 
 import gc
@@ -53,7 +53,7 @@ if CUDA:
     SHARE, P, T, WRITTEN = 4, 1024, 8192, 64  # share of 32 prompts on 8 GPUs, tokens of prompt and response
     TEN = ("small", 8, 256)  # model, prompts a step, tokens of a response
 else:
-    COPIED, TOY_STEPS, EVALUATED = 2**24, 2, "--n 1 --limit 30"
+    COPIED, TOY_STEPS, EVALUATED = 2**24, 2, "--n 1 --limit 10"
     DECODED, ROWS, CONTEXTS, NEW = "tiny", (1, 4), (16, 64), 8
     SHARE, P, T, WRITTEN = 2, 48, 48, 8
     TEN = ("tiny", 4, 8)
@@ -88,6 +88,7 @@ def main():
             began = time.perf_counter()
             try:
                 free()
+                torch.manual_seed(0)
                 for line in section():
                     report(line)
             except FAILURES as error:
@@ -390,8 +391,7 @@ def peak_memory(found):
         expected = sum(simulated[phase].values())
         ratios.append(allocated / expected)
         yield row(phase, *(f"{x:.3f}" for x in (expected / 1e9, allocated / 1e9, ratios[-1], reserved / 1e9)))
-    limits = (0.9, 1.1) if CUDA else (0.8, 1.25)
-    yield verdict(all(limits[0] < x < limits[1] for x in ratios) and ratios, f"all ratios between {limits}")
+    yield verdict(ratios and all(0.9 < x < 1.1 for x in ratios), "no peak is a tenth off")
 
 
 # ----------------------------------------------------------------------------------------------- 7. ten steps
