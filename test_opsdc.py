@@ -1472,6 +1472,17 @@ def test_wrong_input_to_eval(flags, message, evaluated, tmp_path, capsys, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_questions_of_smollm2_are_held_out():
+    """No question in both parts, not even with its words in another order; no answer in its own question."""
+    parts = [lines(HERE / "smollm2" / f"{part}.jsonl") for part in ("train", "test")]
+    asked = [[frozenset(re.findall(r"[\w+-]+", row["prompt"].casefold())) for row in part] for part in parts]
+    assert [len(part) for part in asked] == [480, 240] and len(set(asked[0] + asked[1])) == 720
+    answers = [(row["prompt"], row["answer"]) for row in parts[1] if "answer" in row]
+    assert len(answers) == 120 and all(answers)
+    for question, spellings in answers:
+        assert not any(re.search(rf"\b{re.escape(x)}\b", question, re.IGNORECASE) for x in spellings), question
+
+
 # ------------------------------------------------------------------------------------------------------ bench
 def test_rehearsal_on_a_gpu_runs_without_one():
     """All its sections, with tiny shapes. Both of its devices are this CPU, so they sample the same."""
