@@ -236,10 +236,27 @@ def signal_tables(out):
     return places, table(["word", "times", *heads], top), by_place
 
 
+def greedy_responses(out):
+    """Three held-out questions, the base model's greedy responses, and the KL of each token (Eq. 1). They are
+    the first open questions that it answers in 40 to 110 tokens."""
+    tokenizer, _ = opsdc.inspect_model(str(out / "base"))
+    model = opsdc.load_model(str(out / "base"), torch.float32)
+    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS["greedy"][1])
+    rows = [x for x in lines(out / "base-greedy.jsonl") if x["right"] is None and 40 <= x["tokens"] <= 110]
+    for row in rows[:3]:
+        both = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
+        x, xc = (opsdc.prompt_ids(tokenizer, messages) for messages in both)
+        (y,) = opsdc.rollout(model, [x], settings, seed=0)
+        with torch.inference_mode():
+            logits = [model(torch.tensor([z + y])).logits[0, len(z) - 1 : -1] for z in (x, xc)]
+        log_q, log_p = (z.log_softmax(-1) for z in logits)
+        kl, _ = opsdc.divergence(log_q.exp(), log_q, log_p, "reverse_kl")
+        yield row["prompt"], list(zip([tokenizer.decode(id) for id in y], kl.tolist()))
+
+
 def draw_signal(out, columns=104):
-    """Three responses as they were written, each token on a background as dark as its KL: the first three
-    rollouts that ended within 90 tokens."""
-    chosen = [(question, tokens) for question, tokens in rollouts(out) if len(tokens) <= 90][:3]
+    """The responses as they were written, each token on a background as dark as its KL."""
+    chosen = list(greedy_responses(out))
     largest = max(kl for _, tokens in chosen for _, kl in tokens)
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.PowerNorm(0.5, 0, largest), "Reds")
     figure, axes = plt.subplots()
