@@ -147,14 +147,17 @@ def verdict(holds, what):
 def machine(found):
     versions = (f"{module.__name__} {module.__version__}" for module in (torch, transformers))
     yield f"- Python {platform.python_version()}, {', '.join(versions)}"
+    with processes():  # before the first byte on the GPU: it also chooses how its memory is handed out
+        a, b = torch.zeros(2, COPIED, dtype=torch.uint8, device=opsdc.DEVICE)
     if CUDA:
         properties = torch.cuda.get_device_properties(opsdc.DEVICE)
         unused, _ = torch.cuda.mem_get_info(opsdc.DEVICE)
         yield f"- {properties.name}, {properties.total_memory / 1e9:.1f} GB, {unused / 1e9:.1f} GB of it free"
         yield f"- CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, driver {driver()}"
+        segment = torch.cuda.memory_snapshot()[0]
+        yield f"- expandable segments: {segment.get('is_expandable')} (should be True)"
     else:
         yield f"- CPU ({platform.machine()}), no CUDA: tiny shapes"
-    a, b = torch.zeros(2, COPIED, dtype=torch.uint8, device=opsdc.DEVICE)
     a.copy_(b)
     elapsed = seconds(lambda: [a.copy_(b) for _ in range(20)]) / 20
     found["bytes a second"] = speed = 2 * COPIED / elapsed  # each is read and written
