@@ -149,14 +149,18 @@ def lines(path):
 
 
 def figures(out, name, how):
-    """-> {measure: (mean, its standard error over questions)}; tokens, cut off and right answers in %."""
+    """-> {measure: (mean, its standard error over questions)}; tokens, and cut off and right answers in %."""
     samples = lines(out / f"{name}-{how}.jsonl")
+    facts = [x for x in samples if x["right"] is not None]
+    answers = {row["prompt"]: row.get("answer") for row in lines(HERE / "test.jsonl")}
+    first = [re.split(r"(?<=[.!?])\s|\n", x["response"].strip())[0] for x in facts]  # sentence
     measures = {
         "tokens": [(x["prompt"], x["tokens"]) for x in samples],
-        "fact": [(x["prompt"], x["tokens"]) for x in samples if x["right"] is not None],
+        "fact": [(x["prompt"], x["tokens"]) for x in facts],
         "open": [(x["prompt"], x["tokens"]) for x in samples if x["right"] is None],
         "cut off": [(x["prompt"], 100 * x["truncated"]) for x in samples],
-        "right": [(x["prompt"], 100 * x["right"]) for x in samples if x["right"] is not None],
+        "right": [(x["prompt"], 100 * x["right"]) for x in facts],
+        "first": [(x["prompt"], 100 * contains(y, answers[x["prompt"]])) for x, y in zip(facts, first)],
     }
     return {key: mean_and_se(values) for key, values in measures.items()}
 
@@ -182,7 +186,7 @@ def results(out, titles, how):
         if (out / f"{name}-{how}.jsonl").exists():
             found = figures(out, name, how).values()
             rows.append([title, *(f"{mean:.1f} ± {se:.1f}" for mean, se in found)])
-    heads = ["", "tokens", "of a fact", "of an open question", "cut off %", "facts right %"]
+    heads = ["", "tokens", "of a fact", "of an open question", "cut off %", "facts right %", "in sentence 1"]
     return table(heads, rows)
 
 
@@ -334,7 +338,8 @@ FINDINGS = """# The findings on SmolLM2-135M-Instruct
 
 `python smollm2/reproduce.py{quick}` writes this page. Figures are of {questions} held-out questions,
 half of them with an answer that can be checked, ± one standard error over questions. A response is cut
-off at {cap} tokens. A fact is right where an accepted spelling occurs in the response as whole words.
+off at {cap} tokens. A fact is right where an accepted spelling occurs in the response as whole words;
+the last column asks for that in the first sentence.
 
 ## Which instruction
 
