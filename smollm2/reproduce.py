@@ -25,7 +25,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one job per core at a time
+# Two jobs at a time, of 6 GB each, share the cores. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // 2))
 for limit in ("MMAP", "TRIM"):  # glibc is to keep what is freed, in the processes that are started
     os.environ[f"MALLOC_{limit}_THRESHOLD_"] = "1000000000"
 
@@ -386,7 +387,7 @@ def main():
     names = [*TRAINED, "base", *ASKED]  # the longest first
     if args.quick:
         names = ["opsdc", "base", "signal", "asked0"]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:  # 6 GB of memory each
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for _ in pool.map(partial(job, args), names):
             pass
     places, words, by_place = signal_tables(out)
