@@ -60,9 +60,9 @@ TRAINED = {  # name: (row of the tables, flags besides TRAINING)
 ASKED = {f"asked{i}": instruction for i, instruction in enumerate(WORDINGS)}  # put to the base model
 TITLES = {"base": "base model", "asked0": "base model, asked"}  # rows of the main result
 TITLES |= {name: title for name, (title, _) in TRAINED.items()} | {"half": "OPSDC after 8 of the 16 steps"}
-SAMPLINGS = {  # name: (samples of each question, settings); the second is how the paper evaluates
-    "greedy": (1, {"do_sample": False, "top_p": None, "top_k": None}),
-    "sampled": (1, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
+SAMPLINGS = {  # the second is how the paper evaluates
+    "greedy": {"do_sample": False, "top_p": None, "top_k": None},
+    "sampled": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
 }
 CAP = 200  # tokens of a response that is evaluated
 
@@ -90,9 +90,8 @@ def sample(args, name, how, folder, instruction=""):
         return
     tokenizer, _ = opsdc.inspect_model(str(folder))
     model = opsdc.load_model(str(folder), torch.float32)
-    n, settings = SAMPLINGS[how]
-    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **settings)
-    rows = [row for row in lines(HERE / "test.jsonl")[:: 3 if args.quick else 1] for _ in range(n)]
+    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS[how])
+    rows = lines(HERE / "test.jsonl")[:: 3 if args.quick else 1]
     prompts = []
     for row in rows:
         asked = opsdc.teacher_messages(row, instruction) if instruction else opsdc.student_messages(row)
@@ -156,23 +155,14 @@ def figures(out, name, how):
     answers = {row["prompt"]: row.get("answer") for row in lines(HERE / "test.jsonl")}
     first = [re.split(r"(?<=[.!?])\s|\n", x["response"].strip())[0] for x in facts]  # sentence
     measures = {
-        "tokens": [(x["prompt"], x["tokens"]) for x in samples],
-        "fact": [(x["prompt"], x["tokens"]) for x in facts],
-        "open": [(x["prompt"], x["tokens"]) for x in samples if x["right"] is None],
-        "cut off": [(x["prompt"], 100 * x["truncated"]) for x in samples],
-        "right": [(x["prompt"], 100 * x["right"]) for x in facts],
-        "first": [(x["prompt"], 100 * contains(y, answers[x["prompt"]])) for x, y in zip(facts, first)],
+        "tokens": [x["tokens"] for x in samples],
+        "tokens of a fact": [x["tokens"] for x in facts],
+        "tokens of an open question": [x["tokens"] for x in samples if x["right"] is None],
+        "cut off": [100 * x["truncated"] for x in samples],
+        "right": [100 * x["right"] for x in facts],
+        "right at first": [100 * contains(y, answers[x["prompt"]]) for x, y in zip(facts, first)],
     }
-    return {key: mean_and_se(values) for key, values in measures.items()}
-
-
-def mean_and_se(values):
-    """Of pairs (question, value): the samples of a question are averaged first."""
-    by_question = {}
-    for question, value in values:
-        by_question.setdefault(question, []).append(value)
-    means = [fmean(some) for some in by_question.values()]
-    return fmean(means), stdev(means) / len(means) ** 0.5
+    return {key: (fmean(values), stdev(values) / len(values) ** 0.5) for key, values in measures.items()}
 
 
 def table(heads, rows):
@@ -187,19 +177,18 @@ def results(out, titles, how):
         if (out / f"{name}-{how}.jsonl").exists():
             found = figures(out, name, how).values()
             rows.append([title, *(f"{mean:.1f} ± {se:.1f}" for mean, se in found)])
-    heads = ["", "tokens", "of a fact", "of an open question", "cut off %", "facts right %", "in sentence 1"]
+    heads = "|tokens|of a fact|of an open question|cut off %|facts right %|in sentence 1 %".split("|")
     return table(heads, rows)
 
 
 # ------------------------------------------------------------------------------------- where the signal lands
 def rollouts(out):
-    """-> the base model's rollouts at the first step, each as (question, [(text, KL) of each token])."""
-    tokenizer, found = AutoTokenizer.from_pretrained(out / "base"), []
-    for x in lines(out / "signal" / "rollouts.jsonl"):
-        question = x["student_prompt"].rpartition("user\n")[2].partition("<|im_end|>")[0]
-        pieces = [tokenizer.decode(id) for id in x["response_ids"]]
-        found.append((question, list(zip(pieces, x["token_kl"]))))
-    return found
+    """-> the base model's rollouts at the first step, each as [(text, KL) of each token]."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    return [
+        [(tokenizer.decode(id), kl) for id, kl in zip(x["response_ids"], x["token_kl"])]
+        for x in lines(out / "signal" / "rollouts.jsonl")
+    ]
 
 
 def words(tokens):
@@ -221,7 +210,7 @@ def words(tokens):
 
 def signal_tables(out):
     groups, by_word, by_place = {}, {}, {}
-    for _, tokens in rollouts(out):
+    for tokens in rollouts(out):
         for word, kl, sentence, place in words(tokens):
             if place > 0:
                 group = "inside the first sentence" if sentence == 0 else "inside a later one"
@@ -246,7 +235,7 @@ def greedy_responses(out):
     the first open questions that it answers in 40 to 110 tokens."""
     tokenizer, _ = opsdc.inspect_model(str(out / "base"))
     model = opsdc.load_model(str(out / "base"), torch.float32)
-    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS["greedy"][1])
+    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS["greedy"])
     rows = [x for x in lines(out / "base-greedy.jsonl") if x["right"] is None and 40 <= x["tokens"] <= 110]
     for row in rows[:3]:
         both = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
