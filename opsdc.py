@@ -274,8 +274,9 @@ def rollout(model, prompts, sampling, seed, rows=None):
             # A leg begins with one pass over all texts and computes a row that ends to the leg's own end. At
             # an eighth of a text, that is 9 tokens read for each one written (reading is some hundred times
             # as fast), and a sixteenth of a response written in vain.
-            longest = accumulate((len(prompts[i] + responses[i]) for i in waiting), max)  # of the first k
-            ends = [min(length + max(64, length // 8), full) for length in longest]
+            lengths = (len(prompts[i]) + len(responses[i]) for i in waiting)
+            # Where the leg ends if the first k are written: by the longest of them.
+            ends = [min(length + max(64, length // 8), full) for length in accumulate(lengths, max)]
             fitting = sum(k * end <= (rows or len(prompts)) * full for k, end in enumerate(ends, 1))
             writing, waiting = waiting[:fitting], waiting[fitting:]
             texts = [torch.tensor(prompts[i] + responses[i]) for i in writing]
