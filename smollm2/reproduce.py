@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import opsdc
+from opsdc import read_lines
 
 INSTRUCTION = "Answer in at most ten words."  # the choice from WORDINGS, by what the first table shows
 WORDINGS = [
@@ -91,7 +92,7 @@ def sample(args, name, how, folder, instruction=""):
     tokenizer, _ = opsdc.inspect_model(str(folder))
     model = opsdc.load_model(str(folder), torch.float32)
     settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS[how])
-    rows = lines(HERE / "test.jsonl")[:: 3 if args.quick else 1]
+    rows = read_lines(HERE / "test.jsonl")[:: 3 if args.quick else 1]
     prompts = []
     for row in rows:
         asked = opsdc.teacher_messages(row, instruction) if instruction else opsdc.student_messages(row)
@@ -144,15 +145,11 @@ def job(args, name):
 
 
 # --------------------------------------------------------------------------------------------------- reading
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def figures(out, name, how):
     """-> {measure: (mean, its standard error over questions)}; tokens, and cut off and right answers in %."""
-    samples = lines(out / f"{name}-{how}.jsonl")
+    samples = read_lines(out / f"{name}-{how}.jsonl")
     facts = [x for x in samples if x["right"] is not None]
-    answers = {row["prompt"]: row.get("answer") for row in lines(HERE / "test.jsonl")}
+    answers = {row["prompt"]: row.get("answer") for row in read_lines(HERE / "test.jsonl")}
     first = [re.split(r"(?<=[.!?])\s|\n", x["response"].strip())[0] for x in facts]  # sentence
     measures = {
         "tokens": [x["tokens"] for x in samples],
@@ -187,7 +184,7 @@ def rollouts(out):
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     return [
         [(tokenizer.decode(id), kl) for id, kl in zip(x["response_ids"], x["token_kl"])]
-        for x in lines(out / "signal" / "rollouts.jsonl")
+        for x in read_lines(out / "signal" / "rollouts.jsonl")
     ]
 
 
@@ -208,9 +205,10 @@ def words(tokens):
     return found
 
 
-def signal_tables(out):
+def signal_tables(responses):
+    """-> table by the word's place, table of the words, {(first sentence or later, place): KLs}."""
     groups, by_word, by_place = {}, {}, {}
-    for tokens in rollouts(out):
+    for tokens in responses:
         for word, kl, sentence, place in words(tokens):
             if place > 0:
                 group = "inside the first sentence" if sentence == 0 else "inside a later one"
@@ -236,8 +234,8 @@ def greedy_responses(out):
     tokenizer, _ = opsdc.inspect_model(str(out / "base"))
     model = opsdc.load_model(str(out / "base"), torch.float32)
     settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS["greedy"])
-    rows = [x for x in lines(out / "base-greedy.jsonl") if x["right"] is None and 40 <= x["tokens"] <= 110]
-    for row in rows[:3]:
+    rows = read_lines(out / "base-greedy.jsonl")
+    for row in [x for x in rows if x["right"] is None and 40 <= x["tokens"] <= 110][:3]:
         both = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
         x, xc = (opsdc.prompt_ids(tokenizer, messages) for messages in both)
         (y,) = opsdc.rollout(model, [x], settings, seed=0)
@@ -284,7 +282,7 @@ def draw_findings(out, by_place):
     steps, tokens, right, place = panels
     names = [name for name in TITLES if (out / f"{name}-greedy.jsonl").exists()]
     for name in (name for name in names if name in TRAINED):
-        metrics = lines(out / name / "metrics.jsonl")
+        metrics = read_lines(out / name / "metrics.jsonl")
         xy = [x["step"] for x in metrics], [x["response_tokens"] for x in metrics]
         steps.plot(*xy, label=TITLES[name].strip("*"), alpha=0.7)
         for x in metrics:
@@ -313,7 +311,8 @@ def draw_findings(out, by_place):
 
 def before_and_after(out):
     """Five held-out questions by a rule, not picked: one in so many."""
-    texts, both = [], list(zip(*(lines(out / f"{name}-greedy.jsonl") for name in ("base", "opsdc"))))
+    both = list(zip(*(read_lines(out / f"{name}-greedy.jsonl") for name in ("base", "opsdc"))))
+    texts = []
     for before, after in both[:: len(both) // 5]:
         texts.append(f"**{before['prompt']}**\n")
         for x, which in ((before, "before"), (after, "after")):
@@ -379,13 +378,14 @@ def main():
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for _ in pool.map(partial(job, args), names):
             pass
-    places, words, by_place = signal_tables(out)
-    questions = len(lines(out / "base-greedy.jsonl"))
+    responses = rollouts(out)
+    places, words, by_place = signal_tables(responses)
+    questions = len(read_lines(out / "base-greedy.jsonl"))
     text = FINDINGS.format(
         quick=" --quick" * args.quick, questions=questions, cap=CAP, instruction=INSTRUCTION,
         wordings=results(out, {"base": "*not asked*"} | ASKED, "greedy"),
         greedy=results(out, TITLES, "greedy"), sampled=results(out, TITLES, "sampled"),
-        rollouts=len(rollouts(out)), places=places, words=words,
+        rollouts=len(responses), places=places, words=words,
         every=questions // 5, texts=before_and_after(out),
     )  # fmt: skip
     (out / "findings.md").write_text(text, encoding="utf-8")
