@@ -177,6 +177,7 @@ class Forked:
         for process in self.processes:
             process.kill()
             process.join()
+        self.output.close()
 
 
 def forked(flags, env, output, largest_file):
