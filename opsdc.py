@@ -29,46 +29,54 @@ Letters in shape comments: B sequences, P prompt tokens, T response tokens, S = 
 size, N response tokens of several sequences, laid end to end.
 """
 
+import csv
 import fcntl
+import hashlib
 import json
 import math
 import os
-import platform
 import random
 import re
 import resource
 import shlex
 import shutil
 import signal
+import string
 import sys
 import time
-import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from itertools import accumulate
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import datasets
+import numpy
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
+from transformers.utils import chat_template_utils
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, WORLD, LOCAL_RANK = (  # set by torchrun; what is no number becomes -1 and is refused in parse_args
+    int(os.environ.get(name, default)) if os.environ.get(name, default).isdigit() else -1
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+)
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+DEVICE = torch.device("cuda", max(LOCAL_RANK, 0)) if CUDA else torch.device("cpu")
 COMPUTE_DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
@@ -80,8 +88,7 @@ class Config:
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder (paper: Qwen3-8B, Qwen3-14B)")
     data: str = HfArg(
         default="YouJiacheng/DAPO-Math-17k-dedup",
-        help="hub name, .jsonl/.json/.parquet/.csv file or saved dataset with a column prompt, problem or "
-        "question (paper: DAPO-Math-17k, deduplicated)",
+        help="hub name, file or saved dataset with prompt, problem or question (paper: DAPO, deduplicated)",
     )
     split: str = HfArg(default="train", help="split of --data, where it has splits")
     instruction: str = HfArg(default="v1", help="c: v1, v2 (paper's prompts) or any text")
@@ -127,22 +134,26 @@ MATH_PROMPT = (
 
 def student_messages(row):
     """x: the chat messages of a data row. A `prompt` (messages or text) is taken as it stands. A bare
-    `problem` or `question` is put into the paper's form."""
+    `problem` or `question` is put into the paper's form. Options, where a row has them, are listed in words
+    of ours. Raises ValueError for anything else."""
     column = next((name for name in ("prompt", "problem", "question") if row.get(name) is not None), None)
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
-    content = row[column]
-    if isinstance(content, str):
-        if column != "prompt" and not content.startswith(STEP_BY_STEP) and content.strip():
-            content = MATH_PROMPT.format(content)
-        content = [{"role": "user", "content": content}]
+    messages = row[column]
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     try:
-        good = content[-1]["role"] == "user" and all(message["content"].strip() for message in content)
-    except (TypeError, KeyError, IndexError, AttributeError):
-        good = False
-    if not good:
+        if messages[-1]["role"] != "user" or not all(message["content"].strip() for message in messages):
+            raise ValueError
+    except (TypeError, LookupError, AttributeError, ValueError):
         raise ValueError(f"{column} must be text, or chat messages that end with the user's, and not empty")
-    return content
+    text = messages[-1]["content"]
+    if options := option_texts(row):
+        listed = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
+        text = "\n".join([text, "", *listed, "", "The answer is the letter of the right option."])
+    if column != "prompt" and not text.startswith(STEP_BY_STEP):
+        text = MATH_PROMPT.format(text)
+    return [*messages[:-1], {**messages[-1], "content": text}]
 
 
 def teacher_messages(row, instruction):
@@ -159,31 +170,30 @@ def teacher_messages(row, instruction):
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-def divergence(q, log_q, log_p, kind):
-    """The student's probabilities and both log-probabilities [N, V] -> divergence of each token [N] in nats,
-    and its gradient with respect to the student's logits [N, V]. In bf16 a KL can come out negative."""
+def divergence(log_q, log_p, kind):
+    """Log-probabilities of student and teacher [N, V] -> divergence of each token [N], in nats. For another
+    loss, write its formula here; autograd does the rest. (For Eq. 1, its gradient with respect to the
+    student's logits is q * (log q - log p - KL): a word that the student likes better than the teacher does
+    goes down.)"""
     if kind == "reverse_kl":  # KL(q || p), Eq. 1
-        log_ratio = log_q - log_p
-        kl = (q * log_ratio).sum(-1)
-        return kl, q * (log_ratio - kl[:, None])
-    p = log_p.exp()
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind == "forward_kl":  # KL(p || q)
-        return (p * (log_p - log_q)).sum(-1), q - p
-    log_m = torch.logaddexp(log_q, log_p) - math.log(2)  # jsd: half KL(q || m) + half KL(p || m), m midway
-    kl_q, kl_p = (q * (log_q - log_m)).sum(-1), (p * (log_p - log_m)).sum(-1)
-    return (kl_q + kl_p) / 2, q * (log_q - log_m - kl_q[:, None]) / 2
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)  # jsd: m is midway between q and p
+    return (divergence(log_q, log_m, "reverse_kl") + divergence(log_p, log_m, "reverse_kl")) / 2
 
 
-CHUNK_LOGITS = 2**26 if CUDA else 2**23  # at a time; up to 32 MiB (2**23), glibc reuses memory
+CHUNK_LOGITS = 2**25 if CUDA else 2**23  # at a time; up to 32 MiB (2**23), glibc reuses memory
 
 
+@torch.no_grad()
 def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head, weight, cfg):
     """sum_n weight_n * divergence_n, without its graph -> divergence [N], the student's entropy [N], and the
     sum's gradient with respect to the student's hidden states [N, H] and LM head [V, H].
 
     At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, and softmax, its gradient
     and the teacher's copy multiply that. So the LM heads are applied to a chunk of tokens at a time, and its
-    gradient is taken on the spot: nothing is kept and nothing is computed twice. All of it is fp32, since
+    gradient is taken on the spot: nothing is kept and no matmul is done twice. All of it is fp32, since
     logits rounded to bf16 would hide the small differences that late training is about.
     """
     hidden, head, teacher_hidden, teacher_head = (
@@ -193,15 +203,17 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     step = max(1, CHUNK_LOGITS // len(head))  # tokens
     for chunk in (slice(at, at + step) for at in range(0, len(hidden), step)):
-        log_q = (hidden[chunk] @ head.T / cfg.temperature).log_softmax(-1)  # [chunk, V]
+        logits = (hidden[chunk] @ head.T / cfg.temperature).requires_grad_()  # [chunk, V]
         log_p = (teacher_hidden[chunk] @ teacher_head.T / cfg.temperature).log_softmax(-1)  # [chunk, V]
-        q = log_q.exp()
-        losses[chunk], grad = divergence(q, log_q, log_p, cfg.divergence)  # [7]
-        entropies[chunk] = -(q * log_q).sum(-1)
-        grad *= weight[chunk, None] / cfg.temperature
+        with torch.enable_grad():
+            log_q = logits.log_softmax(-1)  # [chunk, V]
+            loss = divergence(log_q, log_p, cfg.divergence)  # [7]
+        (grad,) = torch.autograd.grad(loss, logits, weight[chunk] / cfg.temperature)
+        losses[chunk] = loss
+        entropies[chunk] = -(log_q.exp() * log_q).sum(-1)
         grad_hidden[chunk] = grad @ head
         grad_head.addmm_(grad.T, hidden[chunk])  # adds in place: no second [V, H]
-        del log_q, log_p, q, grad  # before the next chunk's are made
+        del logits, log_p, log_q, loss, grad  # before the next chunk's are made
     gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
     return losses, entropies, *gradients
 
@@ -213,7 +225,7 @@ def response_states(model, prompts, responses):
     two roles' prompts differ in length: positions are picked per sequence. Token t of a response is predicted
     from the position before it.
     """
-    sequences = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    sequences = [torch.tensor(x + y) for x, y in zip(prompts, responses)]
     ids = pad_sequence(sequences, batch_first=True)  # [B, S]
     hidden = model.hidden_states(ids.to(DEVICE))  # [B, S, H]
     picked = [h[len(x) - 1 : len(x) + len(y) - 1] for h, x, y in zip(hidden, prompts, responses)]
@@ -226,95 +238,54 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
 
     FSDP averages gradients over processes. With equal shares that is exactly the mean over the batch.
     """
-    for layer in student.base_model.layers:
-        layer.training = getattr(layer, "gradient_checkpointing", False)  # its switch; dropout, below, is off
-    by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # neighbours need little padding
-    losses, entropies = [], []
+    scores = {}
+    by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # alike in length: little padding
     for at in range(0, len(batch), cfg.micro_batch_size):
-        some = by_length[at : at + cfg.micro_batch_size]
-        prompts, ys = [batch[i] for i in some], [responses[i] for i in some]
-        hidden, head = response_states(student, [x for x, _ in prompts], ys)  # [5]
+        rows = by_length[at : at + cfg.micro_batch_size]
+        x, xc = zip(*(batch[i] for i in rows))
+        y = [responses[i] for i in rows]
+        hidden, head = response_states(student, x, y)  # [5]
         with torch.no_grad():
-            teacher_states = response_states(teacher, [xc for _, xc in prompts], ys)  # [6]
-            lengths = [len(y) for y in ys]
-            weight = torch.cat([torch.full((T,), 1 / (T * len(batch))) for T in lengths])  # [8]
+            teacher_hidden, teacher_head = response_states(teacher, xc, y)  # [6]
+            weight = torch.cat([torch.full((len(t),), 1 / (len(t) * len(batch))) for t in y])  # [8]
             loss, entropy, grad_hidden, head.grad = loss_and_gradient(
-                hidden, head, *teacher_states, weight.to(DEVICE), cfg
+                hidden, head, teacher_hidden, teacher_head, weight.to(DEVICE), cfg
             )
-        teacher.reshard()  # its root would stay gathered until a backward pass, which never comes
-        hidden.backward(grad_hidden)  # through the student; with head.grad, all is reduced over processes
-        losses += loss.split(lengths)
-        entropies += entropy.split(lengths)
-    _, losses, entropies = zip(*sorted(zip(by_length, losses, entropies)))
-    return losses, entropies
+        teacher.reshard()  # FSDP leaves this to a backward pass, which the teacher never has
+        hidden.backward(grad_hidden)  # through the student; FSDP reduces head.grad with the rest
+        lengths = [len(t) for t in y]
+        scores |= zip(rows, zip(loss.split(lengths), entropy.split(lengths)))
+    return zip(*(scores[i] for i in range(len(batch))))
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
-def rollout(model, prompts, sampling, seed, rows=None):
-    """One response per prompt with plain `generate` -> lists of token ids, in the prompts' order.
+def rollout(model, prompts, sampling, seed):
+    """One response per prompt with plain `generate` on an ordinary model -> lists of token ids.
 
-    One call would compute every row until the longest response ends. So they are written in legs: after each,
-    responses that are done leave, and those that are shortest so far go on from prompt + response. `rows`
-    bounds the KV cache: it is how many responses of full length are written at a time, and more of them while
-    they are short; None is all. A response ends with its EOS, which is scored like any token (when to stop is
-    what is being learnt), or at its cap: max_new_tokens, or less where the model's context ends. The sampled
-    ids are kept, since their text need not turn into the same ids again.
+    A response ends with its EOS, which is scored like any token (when to stop is what is being learnt), or at
+    the cap. The sampled ids are kept, since their text need not turn into the same ids again.
     """
-    torch.manual_seed(hash(seed))
-    eos, context = sampling.eos_token_id, context_length(model.config)
-    caps = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    full = max(len(prompt) + cap for prompt, cap in zip(prompts, caps))
-    responses, waiting = [[] for _ in prompts], list(range(len(prompts)))
-    model.eval()
-    own, model.generation_config = model.generation_config, sampling  # generate() fills gaps from the model's
-    bar = tqdm(total=len(prompts), unit="response", leave=False, disable=None if RANK == 0 else True)
-    with gathered(model), torch.inference_mode(), bar:
-        while waiting:
-            waiting.sort(key=lambda i: len(responses[i]))  # rows that are alike in length need little padding
-            # A leg begins with one pass over all texts and computes a row that ends to the leg's own end. At
-            # an eighth of a text, that is 9 tokens read for each one written (reading is some hundred times
-            # as fast), and a sixteenth of a response written in vain.
-            lengths = (len(prompts[i]) + len(responses[i]) for i in waiting)
-            # Where the leg ends if the first k are written: by the longest of them.
-            ends = [min(length + max(64, length // 8), full) for length in accumulate(lengths, max)]
-            fitting = sum(k * end <= (rows or len(prompts)) * full for k, end in enumerate(ends, 1))
-            writing, waiting = waiting[:fitting], waiting[fitting:]
-            texts = [torch.tensor(prompts[i] + responses[i]) for i in writing]
-            ids = pad_sequence(texts, True, sampling.pad_token_id, "left").to(DEVICE)  # [B, P]
-            mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(DEVICE)
-            leg = min(ends[fitting - 1] - ids.size(1), max(caps[i] - len(responses[i]) for i in writing))
-            # Left unsaid, synced_gpus keeps every process generating until the slowest is done.
-            output = model.generate(ids, attention_mask=mask, max_new_tokens=leg, synced_gpus=False)
-            for i, new in zip(writing, output[:, ids.size(-1) :].tolist()):
-                end = next((t for t, token in enumerate(new, 1) if token in eos), leg)  # pad may be EOS
-                responses[i] = (responses[i] + new[:end])[: caps[i]]
-                if responses[i][-1] not in eos and len(responses[i]) < caps[i]:
-                    waiting.append(i)
-            bar.update(len(prompts) - len(waiting) - bar.n)
-            bar.set_postfix_str(f"{len(waiting)} being written, {sum(map(len, responses))} tokens so far")
-    model.generation_config = own
-    return responses
-
-
-def sampling_settings(model, tokenizer, **settings):
-    """A generation config in which every knob of sampling is stated. What generate() is not told it takes
-    from the checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from the library (top-k
-    50). Stop tokens stay the model's, as a list."""
-    eos = model.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    eos = eos if isinstance(eos, list) else [eos]
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A leg's texts are read 1,024 tokens at a time: the attention mask of a whole read grows with its square.
-    settings = {"do_sample": True, "top_p": 1.0, "top_k": 0, "prefill_chunk_size": 1024, **settings}
-    return GenerationConfig(**settings, eos_token_id=eos, pad_token_id=pad)
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))
+    texts = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(texts, True, sampling.pad_token_id, "left").to(DEVICE)  # [B, P]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left").to(DEVICE)
+    bar = tqdm(total=sampling.max_new_tokens, unit="token", leave=False, disable=None if RANK == 0 else True)
+    progress = SimpleNamespace(put=lambda _: bar.update(), end=bar.close)  # nothing is shown in a log file
+    with torch.inference_mode():
+        output = model.generate(ids, attention_mask=mask, generation_config=sampling, streamer=progress)
+    # Cut by position, through the first stop token, since that is also what pads the rest.
+    responses = output[:, ids.size(1) :].tolist()
+    ends = ([t for t, token in enumerate(y, 1) if token in sampling.eos_token_id] for y in responses)
+    return [y[: end[0]] if end else y for y, end in zip(responses, ends)]
 
 
 # --------------------------------------------------------------------------------------------------- training
 def train(cfg):
     """Algorithm 1."""
-    tokenizer, context = inspect_model(cfg.model)
+    tokenizer, stop_tokens, context, version = inspect_model(cfg.model)
     prompts = load_prompts(cfg, tokenizer, context)
-    lock = open_run(cfg.out, asdict(cfg), RESUME_MAY_CHANGE, cfg.resume)  # noqa: F841, held to the end
+    settings = asdict(cfg) | {"model_files": version, "prompts": digest(prompts)}
+    lock = open_run(cfg.out, settings, RESUME_MAY_CHANGE, cfg.resume)  # noqa: F841, held to the end
     start_processes()
 
     student = shard(load_model(cfg.model, "auto")).float()  # bf16 is too coarse for steps of 1e-6
@@ -323,33 +294,55 @@ def train(cfg):
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = training_state(student, teacher, optimizer)
     done = load_checkpoint(cfg, state)
-    limits = {"temperature": cfg.temperature, "max_new_tokens": cfg.max_response_tokens}
-    sampling = sampling_settings(student, tokenizer, **limits)
-    log = Log(cfg, tokenizer, sampling, done)
+    sampling = sampling_settings(stop_tokens, cfg.max_response_tokens, cfg.temperature)
+    due = lambda step: step > 0 and (step % cfg.save_every == 0 or step == cfg.steps)  # noqa: E731
+    if due(done):
+        export(cfg, done, student, tokenizer)  # a kill may have come between checkpoint and export
+    signals, bad_steps, began = note_signals(), 0, time.time()
 
     for step in range(done + 1, cfg.steps + 1):
-        began = time.time()
-        refresh = cfg.refresh_every > 0 and step % cfg.refresh_every == 0
-        if refresh:
+        start = time.time()
+        refreshed = cfg.refresh_every > 0 and step % cfg.refresh_every == 0
+        if refreshed:
             teacher.load_state_dict(student.state_dict())  # [2]
         batch = draw_batch(prompts, step, cfg)  # [3]
-        responses = rollout(student, [x for x, _ in batch], sampling, seed=(cfg.seed, step, RANK))  # [4]
+        x, seed = [x for x, _ in batch], (cfg.seed, step, RANK)
+        responses = rollout(unsharded(student, COMPUTE_DTYPE), x, sampling, seed)  # [4]
         dist.barrier()  # the longest rollout of all
+        torch.cuda.empty_cache()  # training would not find what generating keeps
         generated = time.time()
         loss, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).full_tensor()
-        if grad_norm.isfinite():  # the same on every process
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).full_tensor().item()
+        skipped = not math.isfinite(grad_norm)  # the same on every process
+        if not skipped:
             optimizer.step()  # [9]
         optimizer.zero_grad()
-        stop = log.record(step, refresh, batch, responses, loss, entropy, grad_norm, began, generated)
-        save(cfg, step, state, student, tokenizer, stop)
+
+        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped}
+        figures |= {"seconds": time.time() - start, "seconds_rollout": generated - start}
+        figures["seconds_train"] = figures["seconds"] - figures["seconds_rollout"]
+        left = (time.time() - began) / (step - done) * (cfg.steps - step)
+        log_step(cfg, step, tokenizer, stop_tokens, zip(batch, responses, loss, entropy), figures, left)
+        bad_steps = bad_steps + 1 if skipped else 0
+        if bad_steps == 3:
+            fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr and choose another --out", 1)
+        stop = torch.tensor(len(signals), device=DEVICE)
+        dist.all_reduce(stop)  # a process that is told to stop stops all
+        if due(step) or stop:
+            save_checkpoint(cfg, step, state)
+        if due(step):
+            export(cfg, step, student, tokenizer)
         if stop:
+            say(f"told to stop, and did so after step {step}. {CONTINUE}")
             break
     dist.destroy_process_group()
 
 
 # --------------------------------------------------------------- plumbing: skip what follows on first reading
 # ----------------------------------------------------------------------------------------- processes, devices
+CONTINUE = "The same command with --resume continues after the last checkpoint."
+
+
 def start_processes():
     """Join the other processes of torchrun, or be the only one."""
     if CUDA:
@@ -357,18 +350,30 @@ def start_processes():
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")  # TF32, in which products of bf16 numbers are exact
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, and keep a plan, for every new length
-    dist.init_process_group(
-        "nccl" if CUDA else "gloo",
-        store=None if "WORLD_SIZE" in os.environ else dist.HashStore(),
-        rank=RANK,
-        world_size=WORLD,
-        device_id=DEVICE if CUDA else None,
-        timeout=timedelta(hours=24),  # they wait for the longest rollout; torchrun ends all when one fails
-    )
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if WORLD == 1 else {}
+    alone |= {"device_id": DEVICE if CUDA else None}
+    # They wait for the longest rollout of all. When one fails, torchrun ends the others.
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=24), **alone)
+
+
+def note_signals():
+    """-> a list that grows when SIGTERM, SIGINT or SIGHUP says to stop: the step is then finished and saved.
+    A second signal ends the process at once, unless it is an echo of the first: launchers pass them on."""
+    times = []
+
+    def note(number, _):
+        times.append(time.time())
+        if times[-1] > times[0] + 1:
+            os._exit(128 + number)
+
+    for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice
+            signal.signal(number, note)
+    return times
 
 
 def say(message):
-    """Print on the first process. Output that nobody reads any more does not end a run of hours."""
+    """Print on the first process. A closed pipe or terminal does not end a run."""
     if RANK == 0:
         try:
             print(message, flush=True)
@@ -379,7 +384,7 @@ def say(message):
 def fail(message, code=2):
     """End this process with one line and an exit code: 2 for wrong input, which all processes of a machine
     see alike and one of them reports, 1 for what went wrong on the way."""
-    if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if code == 1 or LOCAL_RANK <= 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -397,145 +402,231 @@ def out_of_memory(error):
 
 
 # ----------------------------------------------------------------------------------------------------- models
+COPIED_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "generation_config.json")
+
+
 def inspect_model(name):
-    """-> tokenizer, context length. What can be wrong with --model shows here, before its weights load."""
-    if Path(name).is_dir():
-        needed = {"config.json": "config.json", "weights": "*.safetensors", "tokenizer": "tokenizer*"}
-        missing = [what for what, pattern in needed.items() if not any(Path(name).glob(pattern))]
-        if missing:
-            fail(f"--model {name}: the folder has no {' and no '.join(missing)}")
+    """-> tokenizer, stop tokens, context length, digest of the model's files, or of its commit on the hub.
+    What can be wrong with --model shows here, before its weights load."""
+    folder, local = Path(name), Path(name).is_dir()
+    lacking = [what for what in ("config.json", "*.safetensors") if not any(folder.glob(what))]
+    if local and lacking:
+        fail(f"--model {name}: the folder has no {' and no '.join(lacking)}")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: {first_line(error)} (is the hub within reach? a local folder needs none)")
-    if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template, and the method needs a chat model")
-    words = config.get_text_config().vocab_size
-    if len(tokenizer) > words:
-        fail(f"--model {name}: its tokenizer has {len(tokenizer)} words, its vocabulary {words}")
-    return tokenizer, context_length(config)
+        if not local:
+            folder = Path(snapshot_download(name, allow_patterns=("config.json", *COPIED_FILES)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        habits = GenerationConfig.from_model_config(config)
+        if (folder / "generation_config.json").exists():
+            habits = GenerationConfig.from_pretrained(folder)
+        text_config = config.get_text_config()
+        context = int(getattr(text_config, "max_position_embeddings", None) or 2**62)
+        # Fine-tunes may end a turn with a token of the tokenizer's that the model's list does not have.
+        stop_tokens = habits.eos_token_id if isinstance(habits.eos_token_id, list) else [habits.eos_token_id]
+        stop_tokens = sorted({*stop_tokens, tokenizer.eos_token_id} - {None})
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        hint = "" if local else " (is the hub within reach? a local folder needs none)"
+        fail(f"--model {name}: {first_line(error)}{hint}")
+    spelled = text_config.to_json_string()
+    if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
+        context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
+    words = text_config.vocab_size
+    for wrong, what in (
+        (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
+        (not tokenizer("a")["input_ids"], "its tokenizer knows no words: are its files there?"),
+        (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
+        (len(tokenizer) > words, f"its tokenizer has {len(tokenizer)} words, its vocabulary {words}"),
+        (not stop_tokens, "neither its generation config nor its tokenizer has a token that ends a response"),
+    ):
+        if wrong:
+            fail(f"--model {name}: {what}")
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if local else []
+    contents = [hashlib.sha256(numpy.memmap(file, mode="r")).digest() for file in files]
+    return tokenizer, stop_tokens, context, digest([*contents, stop_tokens, folder.name * (not local)])
 
 
-def context_length(config):
-    """Tokens; without limit where the model states none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
+    """A generation config in which every knob of sampling is stated; temperature 0 is greedy. What generate()
+    is not told it takes from the checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from
+    the library (top-k 50)."""
+    knobs = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    knobs = knobs if temperature else {"do_sample": False}
+    ends = {"eos_token_id": stop_tokens, "pad_token_id": stop_tokens[0]}
+    return GenerationConfig(**knobs, **ends, max_new_tokens=max_new_tokens)
 
 
 def load_model(name, dtype):
     """An ordinary transformers model in host memory, without pickles or code from the hub; "auto" is its own
-    dtype."""
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    dtype. transformers makes up weights that the files lack: that is refused."""
+    flags = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe).eval()
+        load = AutoModelForCausalLM.from_pretrained
+        model, info = load(name, dtype=dtype, output_loading_info=True, **flags)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fail(f"--model {name} cannot be loaded: {first_line(error)}")
+    for what, tell in (("missing", fail), ("mismatched", fail), ("unexpected", say)):
+        keys = sorted(map(str, info[f"{what}_keys"]))
+        if keys:
+            tell(f"--model {name}: {len(keys)} of its weights are {what}, such as {keys[0]}")
+    return model.eval()
 
 
-@torch.no_grad()
 def shard(model):
     """FSDP2: split each decoder layer, then the rest, over all processes and move them to the device, one at
     a time. Compute in bf16 on GPUs, reduce gradients in fp32. Parameters keep their dtype."""
     if not hasattr(model.base_model, "layers"):
         fail(f"--model: {type(model).__name__} keeps its decoder layers elsewhere than in .layers")
-    ids, head = torch.arange(4)[None], model.get_output_embeddings().weight
-    ours = model.base_model(ids).last_hidden_state @ head.T
-    theirs = model(ids).logits
-    if (ours - theirs).abs().max() > 0.01 * theirs.abs().max():
-        fail("--model: its logits are more than hidden states times LM head (a bias, a scale, a softcap?)")
+    if wrong := misreading(model, scored=True):
+        fail(f"--model: {type(model).__name__} cannot be used, {wrong}")
     policy = MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(DEVICE.type, (WORLD,))
     for unit in [*model.base_model.layers, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if CUDA:  # without it the activations of one 8,192-token response fill a GPU
         model.activation_checkpointing_enable()
+        for layer in model.base_model.layers:
+            layer.training = True  # Hugging Face's switch; the modules inside stay in eval mode: no dropout
     # A forward pass that stops before the LM head, with FSDP's steps around it as around forward().
     model.hidden_states = lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     register_fsdp_forward_method(model, "hidden_states")
     return model
 
 
-@contextmanager
-def gathered(model):
-    """All weights on every process for a while, as a plain model. Otherwise each generated token would
-    all-gather the whole model, and processes could not finish at different times."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    hooks = [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
+@torch.no_grad()
+def misreading(model, part=None, scored=False):
+    """-> how a text is misread, or "". If it is to be scored, its logits must be hidden states times LM head.
+    Padded on the left, through a cache and in parts of `part` tokens (None: as a whole) generate() must come
+    to the logits of one plain pass, which is what training sees."""
+    text, head = torch.arange(3, 11, device=model.device)[None], model.get_output_embeddings().weight
+    plain = model(text).logits
+    if scored and not (plain - model.base_model(text)[0] @ head.T).norm() < 0.01 * plain.norm():
+        return "its logits are more than hidden states times LM head (a bias, a scale, a softcap, NaN?)"
+    padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (text, torch.ones_like(text)))
+    two = {"max_new_tokens": 2, "min_new_tokens": 2, "pad_token_id": 0, "do_sample": True}
+    told = {"output_logits": True, "return_dict_in_generate": True, "prefill_chunk_size": part}
+    try:
+        read = model.generate(padded, attention_mask=mask, generation_config=GenerationConfig(**two, **told))
+    except (RuntimeError, ValueError, AttributeError) as error:
+        return f"generate() fails: {first_line(error)}"
+    plain = model(read.sequences[:, 3:-1]).logits[0, -2:]  # [2, V]
+    same = (plain - torch.cat(read.logits)).norm() < 0.05 * plain.norm()  # in bf16 they differ a little
+    return "" if same else "its logits change when a text is padded on the left or read with a cache"
+
+
+@torch.no_grad()
+def unsharded(model, dtype):
+    """An ordinary transformers model with all weights of a sharded one, on every process; all of them call it
+    together. Otherwise each generated token would gather the whole model, and no process could finish before
+    the others. Parameters come in `dtype`, buffers as they are."""
     torch.cuda.empty_cache()  # FSDP's streams keep up to 16 GB (14B, 8 GPUs) out of reach
-    for unit in units:
-        unit.unshard()
-        unit._forward_pre_hooks, unit._forward_hooks = {}, {}  # FSDP's, idle here; a tenth of a token
-    yield
-    for unit, before, after in hooks:
-        unit._forward_pre_hooks, unit._forward_hooks = before, after
-        unit.reshard()
-    torch.cuda.empty_cache()  # nor would training find what generating keeps
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    state = model.state_dict()
+    whole = {k: x.to(dtype).full_tensor() if hasattr(x, "full_tensor") else x for k, x in state.items()}
+    plain.load_state_dict(whole, assign=True)
+    plain.tie_weights()
+    for name, buffer in model.named_buffers():  # state_dict() leaves most of them out
+        owner, _, name = name.rpartition(".")
+        setattr(plain.get_submodule(owner), name, buffer)
+    plain.generation_config = GenerationConfig()  # generate() fills gaps from it: not from the checkpoint's
+    return plain.eval()
 
 
 # ------------------------------------------------------------------------------------------------------- data
+DATE = datetime(2026, 1, 1)  # what chat templates print for today: the same prompts every day
+chat_template_utils.datetime = SimpleNamespace(now=lambda: DATE)
+REFUSALS = TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+
+
 def load_prompts(cfg, tokenizer, context):
     """-> pairs of token ids [P], the student's prompt x and the teacher's (x, c)."""
     instruction = INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
+    prompts, place = [], ""
     try:
         rows = load_rows(cfg.data, cfg.split)
+        for number, row in enumerate(rows, 1):
+            place = f", row {number}"
+            x = prompt_ids(tokenizer, student_messages(row))
+            xc = prompt_ids(tokenizer, teacher_messages(row, instruction))
+            if x == xc:
+                raise ValueError("the teacher's prompt is the student's")
+            prompts.append((x, xc))
     except ValueError as error:
-        fail(f"--data {cfg.data}: {first_line(error)}")
-    prompts = []
-    for number, row in enumerate(rows, 1):
-        try:
-            messages = student_messages(row), teacher_messages(row, instruction)
-            prompts.append([prompt_ids(tokenizer, some) for some in messages])
-        except ValueError as error:
-            fail(f"--data {cfg.data}, row {number}: {error}")
-    prompts = [prompt for prompt in prompts if max(map(len, prompt)) <= cfg.max_prompt_tokens]
+        fail(f"--data {cfg.data}{place}: {error}")
+    prompts = [pair for pair in prompts if max(map(len, pair)) <= cfg.max_prompt_tokens]
     if not prompts:
         fail(f"--data {cfg.data}: no prompt of {len(rows)} fits --max_prompt_tokens {cfg.max_prompt_tokens}")
-    longest = max(len(ids) for prompt in prompts for ids in prompt)
+    longest = max(len(ids) for pair in prompts for ids in pair)
     if longest + cfg.max_response_tokens > context:
-        fail(
-            f"--max_response_tokens {cfg.max_response_tokens} after a prompt of {longest} tokens exceeds the "
-            f"model's context of {context}: at most {context - longest}"
-        )
+        most = f"the context of {context} leaves {context - longest} after a prompt of {longest} tokens"
+        fail(f"--max_response_tokens is {cfg.max_response_tokens}, but {most}")
     skipped = len(rows) - len(prompts)
     say(f"{len(prompts)} prompts from {cfg.data}, {skipped} skipped as over {cfg.max_prompt_tokens} tokens")
     return prompts
 
 
 def prompt_ids(tokenizer, messages):
-    """Chat messages -> token ids [P]: one template for both roles, thinking on where there is a choice."""
+    """Chat messages -> token ids [P]: one template for both roles, thinking on where there is a choice.
+    Raises ValueError where the template fails or loses a message."""
+    choices = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=True, tokenize=True, return_dict=False
-        )
-    except (TemplateError, TypeError) as error:
+        text = tokenizer.apply_chat_template(messages, **choices)
+    except REFUSALS as error:
         raise ValueError(f"is refused by the model's chat template: {first_line(error)}") from error
+    for message in messages:  # of an assistant's, templates rightly drop the thinking
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise ValueError(f"its {message['role']} message is cut or changed by the model's chat template")
+    text.encode()  # half a character raises a ValueError
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def option_texts(row):
+    """The `choices` or `options` of a row: 2 to 26 texts, or a dict with these as `text`. Empty where it has
+    none; raises ValueError for anything else."""
+    options = row.get("options") if row.get("choices") is None else row["choices"]
+    if options is None:
+        return []
+    texts = options.get("text") if isinstance(options, dict) else options
+    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(x, str) for x in texts):
+        raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
+    return texts
 
 
 def load_rows(data, split=None, configuration=None):
-    """The rows of a file, a saved-dataset folder or a hub name, as dicts. Where no split is named, it is the
-    only one, or test."""
-    kind = Path(data).suffix.lower().lstrip(".").replace("jsonl", "json")
+    """The rows of a file, a saved-dataset folder or a hub name, as dicts; with no split named, of the only
+    one or of test. Raises ValueError for what cannot be read. Files are read here and not by load_dataset,
+    which gives old rows where a file's time has not changed, and turns the answer 0.00001 into 1e-05."""
+    path, kind = Path(data), Path(data).suffix.lower()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it finds wrong is told once, by us
     datasets.disable_progress_bars()
-    local = kind in ("json", "parquet", "csv") or Path(data).is_dir()
     try:
-        if not local:
-            rows = {split or "test": datasets.load_dataset(data, configuration, split=split or "test")}
-        elif Path(data).is_dir():
+        if path.is_dir():
             rows = datasets.load_from_disk(data)
+        elif kind == ".parquet":
+            rows = pyarrow.parquet.ParquetFile(data).read().to_pylist()
+        elif kind == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = [{key: text or None for key, text in row.items()} for row in csv.DictReader(file)]
+            if any(None in row or (row.get("prompt") or "").startswith("[{") for row in rows):
+                raise ValueError("a row has too many fields, or chat messages in one: use .jsonl")
+        elif kind in (".json", ".jsonl"):
+            text = path.read_text(encoding="utf-8-sig").strip()
+            if not text.startswith("["):  # an object a line
+                text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+            rows = json.loads(text, parse_float=str, parse_constant=lambda _: None)
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("its rows must be objects with named columns")
+        elif path.exists():
+            raise ValueError("a file must end in .jsonl, .json, .parquet or .csv")
         else:
-            rows = datasets.load_dataset(kind, data_files=data)
-    except StopIteration:  # what an empty file comes to
-        rows = datasets.Dataset.from_list([])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = "" if local else " (is the hub within reach? a local file or folder needs none)"
-        raise ValueError(first_line(error.__cause__ or error) + hint) from error
-    rows = {"train": rows} if isinstance(rows, datasets.Dataset) else rows
+            rows = {split or "test": datasets.load_dataset(data, configuration, split=split or "test")}
+    except (OSError, ValueError, csv.Error, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(first_line(error.__cause__ or error)) from error
+    rows = rows if isinstance(rows, dict) else {"train": rows}
     split = split or ("test" if len(rows) > 1 else next(iter(rows)))
-    if split not in rows:
-        raise ValueError(f"there is no split {split}, only {', '.join(rows)}")
-    if len(rows[split]) == 0:
-        raise ValueError("no rows")
+    if not len(rows.get(split, ())):
+        raise ValueError(f"there are no rows in split {split} (splits: {', '.join(rows)})")
     return rows[split]
 
 
@@ -547,7 +638,7 @@ def draw_batch(prompts, step, cfg):
     positions = [divmod(position, len(prompts)) for position in range(begin, begin + share)]
     order = {epoch: list(range(len(prompts))) for epoch, _ in positions}
     for epoch in order:
-        random.Random(hash((cfg.seed, epoch))).shuffle(order[epoch])
+        random.Random(f"{cfg.seed} {epoch}").shuffle(order[epoch])
     return [prompts[order[epoch][i]] for epoch, i in positions]
 
 
@@ -558,31 +649,34 @@ RESUME_MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "mi
 
 def open_run(out, settings, free=(), resume=True):
     """Write config.json into the folder `out` -> a lock on it, to be kept. Refused, so that nothing is
-    overwritten: other files, a run that is still going on, to resume one of other settings (`free` ones
-    aside), to begin one where there are logs."""
+    overwritten: other files, a run that is still going on, to begin one where there is one, to resume one of
+    other settings (`free` ones aside) or without its checkpoint."""
     if RANK > 0:
         return None
-    out = Path(out)
+    out, before = Path(out), settings
     try:
-        before = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        before = None
-    fresh = not out.is_dir() or set(os.listdir(out)) <= {".lock", "config.json.partial"}
-    if not fresh and not (isinstance(before, dict) and before.keys() >= settings.keys()):
+        if out.is_dir() and set(os.listdir(out)) - {".lock", "config.json.partial"}:
+            before = json.loads((out / "config.json").read_text())
+        changed = [key for key in settings if key not in free and before[key] != settings[key]]
+    except (OSError, ValueError, KeyError, TypeError):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
-    changed = [] if fresh else [key for key in settings if key not in free and before[key] != settings[key]]
     if resume and changed:
-        was = "; ".join(f"--{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
+        was = "; ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
         fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    versions["python"] = platform.python_version()
-    config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
+    versions["python"] = sys.version.split()[0]
+    config = settings | {"versions": versions, "date": f"{DATE:%Y-%m-%d}", "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
-        if not resume and any((out / log).exists() for log in LOGS):
-            fail(f"--out {out}: another run has been there since this one began: choose another folder")
+        if any((out / log).exists() for log in LOGS):
+            if not resume:
+                fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+            if not (out / "checkpoint").is_dir():
+                fail(f"--resume: the folder {out}/checkpoint is gone: choose another --out to start anew")
+            if settings["steps"] < (done := last_checkpoint(out)):
+                fail(f"--steps {settings['steps']}: the run in {out} is at step {done} already")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except BlockingIOError:
         fail(f"--out {out}: another process is writing there")
@@ -603,66 +697,52 @@ def training_state(student, teacher, optimizer):
     return state
 
 
-def save(cfg, step, state, student, tokenizer, stop):
-    """Export and checkpoint every save_every steps and at the end; only checkpoint when told to stop.
-
-    step_N/ is an ordinary Hugging Face folder in bf16, gathered tensor by tensor, written by one process.
-    """
-    due, weights = step % cfg.save_every == 0 or step == cfg.steps, {}
-    for name, p in student.state_dict().items() if due else ():
-        full = p.to(torch.bfloat16).full_tensor()
-        if RANK == 0:
-            weights[name] = full.cpu()
-    if due:
-        with whole_folder(Path(cfg.out, f"step_{step}")) as path:
-            if RANK == 0:
-                with torch.device("meta"):
-                    model = AutoModelForCausalLM.from_config(student.config, dtype=torch.bfloat16)
-                model.load_state_dict(weights, assign=True)
-                model.tie_weights()
-                model.generation_config = student.generation_config  # as it came
-                model.save_pretrained(path)
-                tokenizer.save_pretrained(path)
-    if due or stop:
-        folder = Path(cfg.out, "checkpoint")
-        with whole_folder(folder / f"step_{step}") as path:
-            files = {name: 1 + i // 64 for i, name in enumerate(state)}  # host memory holds one at a time
-            writer = HuggingFaceStorageWriter(str(path), files, save_distributed=True)  # no pickle
-            dcp.save(state, storage_writer=writer, no_dist=ALONE)
-        for other in folder.iterdir() if RANK == 0 else ():
-            if other.name != f"step_{step}":
-                shutil.rmtree(other)
-    if stop:
-        say(f"stopped by SIGTERM after step {step}. {CONTINUE}")
-
-
-CONTINUE = "The same command with --resume continues after the last checkpoint."
-ALONE = WORLD == 1  # then no collectives: after one, a lone process's CPU threads ran at half speed
-
-
-@contextmanager
-def whole_folder(path):
-    """A folder for all processes to fill. It takes its name once complete, so a kill leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
+def save_checkpoint(cfg, step, state):
+    """checkpoint/step_N: all of `state`, a share from each process, in safetensors, so that no pickle is ever
+    loaded. The folder takes its name once it is complete: a kill leaves the old one or the new one."""
+    path = Path(cfg.out, "checkpoint", f"step_{step}")
+    partial = path.with_name(f"{path.name}.partial")
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     dist.barrier()
-    yield partial
-    dist.barrier()
+    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # host memory holds one at a time
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), files, save_distributed=True))
     if RANK == 0:
-        shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-    dist.barrier()
+        for other in path.parent.iterdir():
+            if other != path:
+                shutil.rmtree(other, ignore_errors=True)  # a file is none of ours
+
+
+def export(cfg, step, student, tokenizer):
+    """step_N/: the student as an ordinary Hugging Face folder in bf16, written by one process. All but the
+    weights is copied as it came, since transformers 4 reads some of what 5 writes wrongly or not at all."""
+    path = Path(cfg.out, f"step_{step}")
+    if path.exists():  # before a stop
+        return
+    model = unsharded(student, torch.bfloat16)
+    if RANK == 0:
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.save_pretrained(partial)
+        source = Path(tokenizer.name_or_path)
+        for file in (file for pattern in COPIED_FILES for file in source.glob(pattern) if file.is_file()):
+            shutil.copy(file, partial)
+        came, config = (json.loads((folder / "config.json").read_text()) for folder in (source, partial))
+        if came["model_type"] == config["model_type"]:  # else it is the text tower of a multimodal model
+            config = came
+        config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}  # the newer and the older name
+        replace_file(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        partial.rename(path)
 
 
 def load_checkpoint(cfg, state):
     """With --resume, fill `state` from the last checkpoint and drop what was logged after it -> its step."""
-    step, folder = last_checkpoint(cfg) if cfg.resume else 0, Path(cfg.out, "checkpoint")
+    step, folder = last_checkpoint(cfg.out) if cfg.resume else 0, Path(cfg.out, "checkpoint")
     if step:
         try:
-            reader = HuggingFaceStorageReader(str(folder / f"step_{step}"))
-            dcp.load(state, storage_reader=reader, no_dist=ALONE)
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / f"step_{step}")))
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
             fail(f"--resume: {folder}/step_{step} is damaged ({first_line(error)}): choose another --out", 1)
     if cfg.resume:
@@ -671,21 +751,57 @@ def load_checkpoint(cfg, state):
         folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
         for log in (Path(cfg.out, log) for log in LOGS):
             if log.exists():
-                keep = [json.dumps(record) + "\n" for record in read_lines(log) if record["step"] <= step]
-                replace_file(log, "".join(keep))
+                replace_file(log, "".join(json_line(x) for x in read_lines(log) if x["step"] <= step))
     return step
 
 
-def last_checkpoint(cfg):
-    steps = [path.name.removeprefix("step_") for path in Path(cfg.out, "checkpoint").glob("step_*")]
-    return max([int(step) for step in steps if step.isdigit()], default=0)
+def last_checkpoint(out):
+    return max([int(path.name[5:]) for path in Path(out, "checkpoint").glob("step_*[0-9]")], default=0)
 
 
-def replace_file(path, text):
-    """Write a file so that a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+# ------------------------------------------------------------------------------------------- logs, JSON files
+def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
+    """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together.
+
+    `rows` are this process's ((x, xc), y, KL of each token of y, entropy of each), `figures` what else is
+    logged, `left` the seconds to go. From a rollout's record anyone can compute its loss again.
+    """
+    records = []
+    for (x, xc), y, kl, entropy in rows:
+        ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
+        record = {"step": step} | {name: tokenizer.decode(one) for name, one in ids.items()}
+        record |= {f"{name}_ids": one for name, one in ids.items()} | {"entropy": entropy.mean().item()}
+        records.append(record | {"kl": kl.mean().item(), "token_kl": kl.tolist()})
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, (records, torch.cuda.max_memory_allocated() if CUDA else resident))
+    if RANK > 0:
+        return
+    records = [record for some, _ in everyone for record in some]
+    B, T = len(records), [len(record["response_ids"]) for record in records]
+    metrics = {
+        "step": step,
+        "loss": sum(record["kl"] for record in records) / B,
+        "response_tokens": sum(T) / B,
+        "truncated": sum(record["response_ids"][-1] not in stop_tokens for record in records) / B,
+        "entropy": sum(record["entropy"] * t for record, t in zip(records, T)) / sum(T),
+        **figures,
+        "peak_memory_gb": max(peak for _, peak in everyone) / 1e9,
+    }
+    for name, lines in zip(LOGS, ([metrics], records[: cfg.log_rollouts])):
+        with Path(cfg.out, name).open("a", encoding="utf-8") as file:
+            file.writelines(map(json_line, lines))
+    for what in ("student_prompt", "teacher_prompt", "response") if step == 1 else ():
+        say(f"--- {what} ---\n{records[0][what]}")
+    line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
+    line += "  entropy {entropy:.3f}  {seconds:.1f} s"
+    skipped = "  update skipped: gradient not finite" * metrics["skipped"]
+    say(f"{line.format(**metrics, steps=cfg.steps)}  left {timedelta(seconds=round(left))}{skipped}")
+
+
+def json_line(record):
+    """NaN and infinity, which JSON does not know, become null."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n"
 
 
 def read_lines(path):
@@ -696,115 +812,60 @@ def read_lines(path):
         fail(f"{path} is damaged: {first_line(error)}", 1)
 
 
-# ---------------------------------------------------------------------------------------------------- logging
-class Log:
-    """metrics.jsonl, rollouts.jsonl and a line a step. It also notes SIGTERM, which schedulers send before
-    they take a machine: the step is finished and saved."""
+def replace_file(path, text):
+    """Write a file so that a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
-    def __init__(self, cfg, tokenizer, sampling, done):
-        self.cfg, self.tokenizer, self.eos, self.done = cfg, tokenizer, sampling.eos_token_id, done
-        self.began, self.bad_steps, self.sigterm = time.time(), 0, False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "sigterm", True))
 
-    def record(self, step, refreshed, batch, responses, loss, entropy, grad_norm, began, generated):
-        """Log a step; all processes call it together -> whether to stop."""
-        cfg, everyone, wanted = self.cfg, [None] * WORLD, max(self.cfg.log_rollouts, 1)
-        unit = 1024 if sys.platform == "linux" else 1  # in which ru_maxrss is, in bytes
-        resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        dist.all_gather_object(everyone, {
-            "loss": sum(x.mean().item() for x in loss), "entropy": sum(x.sum().item() for x in entropy),
-            "tokens": sum(map(len, responses)), "truncated": sum(y[-1] not in self.eos for y in responses),
-            "rollouts": [self.describe(step, *one) for one in list(zip(batch, responses, loss))[:wanted]],
-            "peak": torch.cuda.max_memory_allocated() if CUDA else resident, "sigterm": self.sigterm,
-        })  # fmt: skip
-        total = {key: sum(one[key] for one in everyone) for key in ("loss", "entropy", "tokens", "truncated")}
-        rollouts = [rollout for one in everyone for rollout in one["rollouts"]]
-        seconds, skipped = time.time() - began, not grad_norm.isfinite().item()
-        metrics = {
-            "step": step, "loss": total["loss"] / cfg.batch_size,
-            "response_tokens": total["tokens"] / cfg.batch_size,
-            "truncated": total["truncated"] / cfg.batch_size, "entropy": total["entropy"] / total["tokens"],
-            "grad_norm": grad_norm.item(), "lr": cfg.lr, "refreshed": refreshed, "skipped": skipped,
-            "seconds": seconds, "seconds_rollout": generated - began,
-            "seconds_train": began + seconds - generated, "tokens_per_second": total["tokens"] / seconds,
-            "peak_memory_gb": max(one["peak"] for one in everyone) / 1e9,
-        }  # fmt: skip
-        if RANK == 0:
-            for name, records in zip(LOGS, ([metrics], rollouts[: cfg.log_rollouts])):
-                with Path(cfg.out, name).open("a", encoding="utf-8") as file:
-                    for record in records:  # NaN, which JSON does not know, becomes null
-                        known = json.loads(json.dumps(record), parse_constant=lambda _: None)
-                        file.write(json.dumps(known) + "\n")
-        if step == self.done + 1:
-            for what in ("student_prompt", "teacher_prompt", "response"):
-                say(f"--- {what} ---\n{rollouts[0][what]}")
-        left = timedelta(seconds=round((time.time() - self.began) / (step - self.done) * (cfg.steps - step)))
-        say(
-            f"step {step:4d}/{cfg.steps}  loss {metrics['loss']:.4f}  tokens {metrics['response_tokens']:.1f}"
-            f"  truncated {100 * metrics['truncated']:.1f} %  entropy {metrics['entropy']:.3f}"
-            f"  {seconds:.1f} s  left {left}" + "  update skipped: gradient not finite" * skipped
-        )
-        self.bad_steps = self.bad_steps + 1 if skipped else 0
-        if self.bad_steps == 3:
-            fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr and choose another --out", 1)
-        return any(one["sigterm"] for one in everyone)
-
-    def describe(self, step, prompt, response, token_kl):
-        """A rollout as a record from which anyone can recompute the loss."""
-        ids = dict(zip(("student_prompt", "teacher_prompt", "response"), (*prompt, response)))
-        record = {"step": step} | {name: self.tokenizer.decode(some) for name, some in ids.items()}
-        record |= {f"{name}_ids": some for name, some in ids.items()}
-        return record | {"kl": token_kl.mean().item(), "token_kl": token_kl.tolist()}
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------ entry
+RULES = (  # what a setting must be, here and in eval.py; a default is not asked
+    ("at least 1", lambda x: x >= 1, "steps batch_size micro_batch_size max_prompt_tokens save_every n"),
+    ("at least 1", lambda x: x >= 1, "max_response_tokens"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "refresh_every log_rollouts weight_decay top_k limit"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "temperature"),
+    ("above 0", lambda x: 0 < x < math.inf, "lr grad_clip"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
+    ("something other than empty", bool, "model data out"),
+    ("v1, v2 or a text", lambda x: x in INSTRUCTIONS or not re.fullmatch(r"|[vV]\d+\W*", x), "instruction"),
+)
+
+
 def parse_args(config_class, description, argv=None):
+    """The command line as settings, once they hold to the rules."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
     parser.error = fail  # one line, without the list of all flags
-    return config_class(**vars(parser.parse_args(argv)))
-
-
-def require(cfg, rule, holds, *names):
-    """Each of these settings must hold to a rule."""
-    for name in names:
-        if not holds(getattr(cfg, name)):
-            fail(f"--{name} is {getattr(cfg, name)!r}, must be {rule}")
-
-
-def check_settings(cfg):
-    """Numbers in range, a batch that divides evenly, a folder to write to, before anything is loaded."""
-    counts = ("steps", "batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens")
-    require(cfg, "at least 1", lambda x: x >= 1, *counts, "save_every")
-    require(cfg, "0 or more", lambda x: 0 <= x < math.inf, "refresh_every", "log_rollouts", "weight_decay")
-    require(cfg, "above 0", lambda x: 0 < x < math.inf, "temperature", "lr", "grad_clip")
-    require(cfg, "something other than empty", str.strip, "model", "data", "out")
-    require(cfg, "v1, v2 or a text", is_instruction, "instruction")
-    cfg.instruction = cfg.instruction.strip()
-    unit = WORLD * cfg.micro_batch_size
-    if cfg.batch_size % unit:
-        fail(
-            f"--batch_size {cfg.batch_size} does not divide over {WORLD} processes in micro-batches of "
-            f"{cfg.micro_batch_size}: make it a multiple of {unit}, or change --micro_batch_size"
-        )
-    if any(Path(cfg.out, log).exists() for log in LOGS) or last_checkpoint(cfg):
-        if not cfg.resume:
-            fail(f"--out {cfg.out} already holds a run: continue it with --resume, or choose another folder")
-        if not Path(cfg.out, "checkpoint").is_dir():
-            fail(f"--resume: the folder {cfg.out}/checkpoint is gone: choose another --out to start anew")
-        if last_checkpoint(cfg) > cfg.steps:
-            fail(f"--steps {cfg.steps}: the run in {cfg.out} is at step {last_checkpoint(cfg)} already")
-
-
-def is_instruction(text):
-    return text.strip() in INSTRUCTIONS or text.strip() and not re.fullmatch(r"\s*[vV]\d+\W*", text)
+    cfg = config_class(**vars(parser.parse_args(argv)))
+    for name in {"model", "data", "out", "instruction", "baseline"} & vars(cfg).keys():
+        setattr(cfg, name, re.sub("(^|(?<=,))~(?=/|$)", str(Path.home()), getattr(cfg, name).strip()))
+    given = vars(cfg).items() - vars(config_class()).items()
+    for rule, holds, names in RULES:
+        for name, value in given:
+            if name in names.split() and not holds(value):
+                fail(f"--{name} is {value!r}, must be {rule}")
+    met = WORLD == 1 or "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "").isdigit()
+    if not met or not 0 <= RANK < WORLD or LOCAL_RANK < 0:
+        fail("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not fit: let torchrun set them")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 does not end a run
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # of weights that do not fit we tell in a line
+    return cfg
 
 
 def main():
     cfg = parse_args(Config, "On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433)")
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said whenever a lone process saves
+    if cfg.temperature == 0:
+        fail("--temperature is 0.0, must be above 0: rollouts are samples")
+    unit = WORLD * cfg.micro_batch_size
+    if cfg.batch_size % unit:
+        split = f"{WORLD} processes take {cfg.micro_batch_size} (--micro_batch_size) at a time"
+        fail(f"--batch_size is {cfg.batch_size}, must be a multiple of {unit}: {split}")
     try:
-        check_settings(cfg)
         train(cfg)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -813,6 +874,8 @@ def main():
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)
     except (OSError, SafetensorError, CheckpointException) as error:  # what is loaded has messages of its own
         fail(f"--out {cfg.out} could not be written: {first_line(error)}. {CONTINUE}", 1)
+    except KeyboardInterrupt:  # while loading
+        fail("interrupted", 130)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,12 @@ def main():
     pretrain(model, tokenizer, rng, args.steps)
     model.save_pretrained(HERE)
     tokenizer.save_pretrained(HERE)
+    file = HERE / "tokenizer_config.json"  # transformers 4 has other names for the class and the special words
+    names = {"TokenizersBackend": "PreTrainedTokenizerFast", "extra_special": "additional_special"}
+    text = file.read_text()
+    for new, old in names.items():
+        text = text.replace(new, old)
+    file.write_text(text)
 
 
 if __name__ == "__main__":
