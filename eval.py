@@ -17,7 +17,7 @@ paper gives none. A stopped run continues where it was, given the same command.
 """
 
 import atexit
-import hashlib
+import itertools
 import json
 import logging
 import math
@@ -26,6 +26,7 @@ import random
 import re
 import signal
 import string
+import unicodedata
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import opsdc
-from opsdc import RANK, WORLD, fail, first_line, require, say
+from opsdc import RANK, WORLD, digest, fail, first_line, say
 
 
 @dataclass
@@ -70,83 +71,83 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------- grading
 GRADING_SECONDS = 10  # for one comparison
+LONGEST_ANSWER = 1000  # characters; garbage is longer
+pool = None
+BOX = "[^{}]{0,1000}"
+for _ in range(5):  # braces within braces
+    BOX = rf"(?:[^{{}}]|\{{{BOX}\}}){{0,1000}}"
+BOX = rf"\\(?:boxed|fbox)\s*\{{({BOX})\}}"
+SIGNS = r"− - – - — - ⁄ / ∞ \infty π \pi ÷ \div · \cdot ⋅ \cdot ∈ \in ∪ \cup ∩ \cap ∅ \emptyset ° ^\circ"
+SIGNS += r" \\varnothing \emptyset percent(age)?\b \% ,?\s*\b(and|or)\b , (?<=\d)\s*x\s*(?=10\s*\^) \times"
+REWRITES = (  # what people write and what math-verify reads; SIGNS holds such pairs, too
+    (BOX, r"\1"),
+    (r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    *zip(SIGNS.split()[::2], (sign.replace("\\", r"\\") + " " for sign in SIGNS.split()[1::2])),
+    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " i "),  # alone, it is imaginary
+    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # x**2
+    (r"\\(?:displaystyle|left|right)(?![a-z])|\\?\$|[`€£]|\*\*|(?<!\\)\\[()\[\]]", ""),
+    (r"(?:\\?sqrt|√)\s*\(([^()]*)\)|(?:√|(?<!\\)sqrt)\s*(\d+|[a-z])", r"\\sqrt{\1\2}"),
+    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|arctan|log|ln)(?![a-zA-Z])", r"\\\1 "),
+    (r"(?<=\d)(?:\{,\}|,?\\[,:;! ]| )\s*(?=\d{3}(?!\d))", ""),  # 1 000
+    (r"(?<!\\)\\[,:;! ]|~", " "),
+    (r"(?<=\d)\s+(\d+)/\s*(\d+)(?!\d)", r"\\frac{\1}{\2}"),  # 2 1/2
+    (r"(?<=\d)[eE]([+-]?\s*\d+)\b", r"\\times 10^{\1}"),  # 3e8
+)
+# What leads up to an answer, and what is said after it: why, what it is not, something in brackets.
+LEAD = r"(?i)^((.*\banswer is|[a-z ,']*?\b(is|are|choose|think|pick)|so|hence|thus|therefore|the|final|answer"
+LEAD += r"|option|choice|letter|exactly|an?(?= [a-z]{3}))\b[\s,:]+)+"
+REMARK = r"[,\s]\s*\(?(since|because|altogether|in total|is (the )?(correct|right|best|answer))\b.*"
+REMARK += r"|,\s+(as|it)\b.*|[,(]\s*not\b.*|\s\((?!,)[^()]*(?<![\\a-z])[a-z]{3,}[^()]*\)$"
+# The letter of the one option named at the head: B, (b), B. Paris. Two are none.
+CHOICE = r"^[(\[]?([A-Za-z])(?:[)\]]?$|(?:[)\]]|[.:]\s|\s-)\s*(?!,|.*(?:\b[A-Z][.):](?!\S)|\([A-Z]\))))"
+# A unit stands behind a number: cm^2, square metres, km/h, clips. A million is none.
+UNIT = r"((?<=[\d})])|(?<=\\pi))( +(?!more|less|dozen|hundred|thousand|\w+illion)(sq\S* |cubic )?[a-zA-Z]{3,}"
+UNIT += r"|\s+[mgshLJNVWAK]|\s*([ckm][mgl]|ft|in)|\s*\^\W*circ\W*[CF]?)( ?\^\{?\d}?)?( ?(/|per )[a-z]+)?\s*$"
+# A word is one symbol, not a product of its letters.
+WORDS = r"(?<![\\{a-zA-Z])(?!infinity)[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*|^[a-zA-Z]{2}$"
 
 
 def grade(response, gold, truncated=False):
     """Three verdicts on a response: {"answer": bool, "boxed": bool, "dual": bool}.
 
     Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed.
-    What cannot be compared within GRADING_SECONDS is wrong.
+    What cannot be compared within GRADING_SECONDS is wrong. "Answer:" at the head of a line goes first.
     """
     final = response.rpartition("</think>")[2]
     if truncated or "<think>" in final:  # unfinished, or never done thinking
         final = ""
-    lines = re.findall(r"answer[\s*_]*[:：][\s*_]*((?:\\\[|\$\$)?\s*[^\n]*)", final, re.IGNORECASE)
-    at = final.rfind("\\boxed{")
-    found = {
-        "answer": lines[-1] if lines else None,  # on the line of "Answer:", or on the next
-        "boxed": braced(final, at + len("\\boxed")) if at >= 0 else None,
-    }
-    verdicts = {kind: text is not None and matches(gold, text) for kind, text in found.items()}
+    line = r"answer[\s*_]*[:：][\s*_]*((?:\\\[|\$\$)?\s*[^\n]*)"  # the rest of the line, or the next
+    lines = re.findall(rf"(?im)^[ *_#>-]*(?:final )?{line}", final) or re.findall(f"(?i){line}", final)
+    boxes = [run[0] for run in re.finditer(rf"(?:{BOX}[\s$,;]*(?:and|or)?[\s$]*)+", final)]
+    neighbours = dict.fromkeys(re.findall(BOX, boxes[-1])) if boxes else ()  # \boxed{3} and \boxed{5}: a list
+    found = {"answer": lines[-1] if lines else "", "boxed": ", ".join(neighbours)}
+    verdicts = {kind: matches(gold, text) for kind, text in found.items()}
     return verdicts | {"dual": any(verdicts.values())}
 
 
-def braced(text, start):
-    """What the brace at `start` holds up to the one that closes it; None if nothing does."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + 1 : i]
-    return None
-
-
-def bare(text):
-    r"""An answer without what surrounds it: $...$, \(...\), \boxed{...}, \text{...}, stars, a full stop."""
-    before = None
-    while text != before:
-        before = text
-        text = text.strip(" \n\t*_").rstrip(".,;")
-        for opening, closing in (("$$", "$$"), ("\\[", "\\]")):  # may be on lines of their own
-            text = text.removeprefix(opening).removesuffix(closing)
-        for opening, closing in (("$", "$"), ("\\(", "\\)")):
-            if text.startswith(opening) and text.find(closing, len(opening)) == len(text) - len(closing):
-                text = text[len(opening) : -len(closing)]
-        text = text.removeprefix("\\displaystyle")
-        command = re.match(r"\\(boxed|text|textbf|mbox|mathrm|mathbf)(?={)", text)
-        if command and text[command.end() + 1 : -1] == braced(text, command.end()):
-            text = text[command.end() + 1 : -1]
-    return text
-
-
-def choice(text):
-    """The letter of the one option that an answer names: B, (b), Option B, B. Paris, The answer is B. None
-    where it names none or two, or says what is not right."""
-    labelled = re.match(r"\(?([A-Z])\)?\s*[.:)]\s+(?!or\b|and\b)", text)
-    before = r"(?:(?:the|it|correct|answer|option|choice|letter|is)\s+)*"
-    alone = re.fullmatch(before + r"\(?([a-z])\)?", text, re.IGNORECASE)
-    if labelled or alone:
-        return (labelled or alone)[1].upper()
-    named = set(re.findall(r"(?<![\w'])[A-HJ-Z](?![\w'])", text))
-    negated = re.search(r"\b(not|neither|nor|except)\b", text, re.IGNORECASE)
-    return named.pop() if len(named) == 1 and not negated else None
+def plain(text):
+    """An answer without what surrounds it, written as math-verify reads it."""
+    text = re.sub("([⁰¹²³⁴-⁻]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
+    text = unicodedata.normalize("NFKC", text)  # of such characters, the common ones
+    for pattern, written in REWRITES:
+        text = re.sub(pattern, written, text)
+    return text.strip(' \n\t*_"').rstrip(' .,;?*_"')
 
 
 def matches(gold, text):
-    if max(len(gold), len(text)) > LONGEST_ANSWER:  # no answer is that long; garbage is
+    if max(len(gold), len(text)) > LONGEST_ANSWER:
         return False
-    gold, text = bare(gold), bare(text)
-    if not text:
-        return False
-    if gold == text or len(gold) > 1 and gold.isalpha() and gold.casefold() == text.casefold():
-        return True
+    gold, text = plain(gold), plain(text)
+    if gold.replace(" ", "") == text.replace(" ", "") and not re.search(r"\d \d", text):
+        return text != ""
+    text = re.sub(LEAD, "", re.sub(REMARK, "", text))
     if re.fullmatch(r"\(?[A-Z]\)?", gold):
-        return choice(text) == gold.strip("()")
-    return equivalent_within_time(gold, text)
-
-
-LONGEST_ANSWER = 1000  # characters
-pool = None
+        return [letter.upper() for letter in re.findall(CHOICE, text)] == [gold.strip("()")]
+    text = re.sub(r"\.\s+(?!Or|But)[A-Z].*", "", text)  # the next sentence
+    if len(set(re.findall(r"(\w+)\s*=", gold))) > 1 and not re.search("[=(]", text):  # x = 3, y = 2: in order
+        gold, text = f"({re.sub(r'[^,=]+=', '', gold)})", f"({text})"
+    sides = (re.sub(UNIT, "", side) for side in (gold, text))
+    return equivalent_within_time(*(re.sub(WORDS, lambda m: rf"\text{{{m[0].lower()}}}", x) for x in sides))
 
 
 @lru_cache(maxsize=100_000)  # samples of one problem mostly agree
@@ -167,12 +168,25 @@ def equivalent_within_time(gold, text):
 
 
 def equivalent(gold, text):
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Eq, Expr, Float, UnevaluatedExpr, false
 
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parsed = [parse(f"${side}$", parsing_timeout=GRADING_SECONDS) for side in (gold, text)]
-    return bool(verify(*parsed, timeout_seconds=GRADING_SECONDS))
+    reading = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
+    latex = [LatexExtractionConfig(normalization_config=reading)]
+    sides = (parse(f"${side}$", latex, "no_fallback", "first_match") for side in (gold, text))
+    (gold,), (text,) = sides  # what cannot be read raises an error here, which counts as wrong
+    if isinstance(text, Eq) and text.lhs.is_number and text.doit() is false:  # 6 = 5
+        return False
+    if all(isinstance(x, Expr) and x.is_number for x in (gold, text)) and gold.is_finite is not False:
+        # For math-verify, 10^-20 and 10^-21 are both about 0. A decimal has to be right to six digits.
+        error = 1e-6 if gold.has(Float) or text.has(Float) else 1e-50
+        percent = (lambda hundredth: hundredth), (lambda hundredth: 1)  # 50% is 0.5 and 50
+        pairs = [[x.replace(UnevaluatedExpr, part) for x in (gold, text)] for part in percent]
+        return any(abs(a - b).evalf(60) <= abs(a).evalf(60) * error for a, b in pairs)
+    return bool(verify(gold, text, float_rounding=15, numeric_precision=40))
 
 
 # --------------------------------------------------------------------------------------------------- problems
@@ -188,6 +202,7 @@ BENCHMARKS = {  # hub name, configuration, split
 class Problem(NamedTuple):
     data: str  # the name it goes by in --data
     number: int  # its row there
+    question: str  # digest of what is asked, before instruction and chat template
     prompt: list  # token ids [P]
     thinking: bool  # whether the prompt itself opens the thinking, as some chat templates do
     gold: str
@@ -197,68 +212,99 @@ class Problem(NamedTuple):
 def load_problems(cfg, tokenizer, context):
     instruction = opsdc.INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
     problems = []
-    for name in cfg.data.split(","):
-        source, _, split = name.partition(":")
-        source, configuration, split = BENCHMARKS.get(name, (source, None, split))
+    for name in data_sets(cfg.data):
+        source, configuration, split = BENCHMARKS.get(name, (name, None, None))
+        if name not in BENCHMARKS and not Path(name).exists():
+            source, _, split = name.partition(":")
         try:
             rows = opsdc.load_rows(source, split, configuration)
         except ValueError as error:
             gated = "; this one is gated: ask for access on its hub page, then log in with `hf auth login`"
             fail(f"--data {name}: {first_line(error)}{gated if name == 'gpqa' else ''}")
-        for number, row in enumerate(rows.select(range(min(cfg.limit or len(rows), len(rows))))):
+        for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
             try:
-                row, gold = with_options(row)
-                teacher = opsdc.teacher_messages(row, instruction) if instruction else None
-                prompt = opsdc.prompt_ids(tokenizer, teacher or opsdc.student_messages(row))
+                row, gold = with_gold(row)
+                question = opsdc.student_messages(row)
+                asked = opsdc.teacher_messages(row, instruction) if instruction else question
+                prompt = opsdc.prompt_ids(tokenizer, asked)
                 if len(prompt) >= context:
                     raise ValueError(f"has {len(prompt)} tokens and fills the model's context of {context}")
             except ValueError as error:
                 fail(f"--data {name}, row {number + 1}: {error}")
             thinking = tokenizer.decode(prompt).rstrip().endswith("<think>")
             groups = {key: str(row[key]) for key in ("level", "subject") if key in row}
-            problems.append(Problem(name, number, prompt, thinking, gold, groups))
+            problems.append(Problem(name, number, digest(question), prompt, thinking, gold, groups))
     return problems
 
 
-def with_options(row):
-    """A row to be asked as it is, and its gold answer. Options are written into the question with letters.
+def data_sets(data):
+    """The names in --data. A comma separates two, unless it belongs to a path."""
+    names, rest = [], [name.strip() for name in data.split(",")]
+    while rest:
+        whole = next((k for k in range(len(rest), 1, -1) if Path(",".join(rest[:k])).exists()), 1)
+        names.append(",".join(rest[:whole]))
+        rest = rest[whole:]
+    return names
 
-    `choices` or `options` are 2 to 26 texts, or {"text": texts, "label": labels}. `answer` is an index, a
-    label, a letter or one of the texts. Raises ValueError for anything else.
-    """
+
+def with_gold(row):
+    """A row and its gold answer, where it has options the letter of the right one: `answer` is then an index,
+    a label, a letter or one of the texts. Raises ValueError for anything else."""
     row = {key: value for key, value in row.items() if value is not None}
     if "Correct Answer" in row:  # gpqa lists the right one first: shuffled, the same way every time
         options = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))]
         order = random.Random(row["Question"]).sample(range(4), 4)
         row = {"question": row["Question"], "choices": [options[i] for i in order], "answer": order.index(0)}
-    answer, options = row.get("answer", row.get("answerKey", "")), row.get("choices", row.get("options"))
-    if answer == "" or isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    answer = row.get("answer", row.get("answerKey", ""))
+    if answer == "" and isinstance(row.get("reward_model"), dict):  # the form of the training set
+        answer = row["reward_model"].get("ground_truth", "")
+    if answer in ("", None) or answer != answer or isinstance(answer, bool | list | dict):
         raise ValueError(f"has no answer (found: {', '.join(map(str, row))})")
-    if options is None:
+    options = opsdc.option_texts(row)
+    if not options:
         gold = str(answer).rpartition("####")[2].strip()  # GSM8K's solutions end so
         if not 0 < len(gold) <= LONGEST_ANSWER:
             raise ValueError(f"its answer is {len(gold)} characters long; give the final answer alone")
         return row, gold
-    options = options if isinstance(options, dict) else {"text": options}
-    texts, labels = options.get("text"), options.get("label") or []
-    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(x, str) for x in texts):
-        raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
-    letters = list(string.ascii_uppercase[: len(texts)])
-    names = [range(len(texts))] if isinstance(answer, int) else [letters, texts]
-    names = [[str(name) for name in some] for some in (labels, *names)]
+    listed = row.get("choices", row.get("options"))
+    labels = listed.get("label") or [] if isinstance(listed, dict) else []
+    letters = string.ascii_uppercase[: len(options)]
+    names = [labels, range(len(options))] if isinstance(answer, int) else [labels, letters, options]
+    names = [[str(name) for name in some] for some in names]
     right = next((some.index(str(answer)) for some in names if str(answer) in some), None)
     if right is None:
-        raise ValueError(f"its answer {answer!r} is none of its {len(texts)} options")
-    column = next((name for name in ("prompt", "problem", "question") if name in row), None)
-    *before, message = opsdc.student_messages({"prompt": row.get(column, "")})
-    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
-    text = f"{message['content']}\n\n{listed}\n\nThe answer is the letter of the right option."
-    asked = [*before, {**message, "content": text}] if column == "prompt" else text
-    return {**row, column: asked}, letters[right]
+        raise ValueError(f"its answer {answer!r} is none of its {len(options)} options")
+    return row, letters[right]
 
 
 # --------------------------------------------------------------------------------------------------- sampling
-def sample(cfg, problems, finished, model, tokenizer, part):
+def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
+    """A response to each prompt -> lists of token ids. With its prompt it has at most limits[i] tokens.
+
+    One call of rollout() would compute every row until the longest response ends. In legs, responses that
+    are done leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV
+    cache of `rows` texts of full length holds.
+    """
+    texts, waiting, full = list(prompts), list(range(len(prompts))), max(limits)
+    for leg in itertools.count():
+        if not waiting:
+            return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+        waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
+        # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
+        # longest that is 9 tokens read for each one written (reading is some hundred times as fast), and a
+        # sixteenth of a response written in vain. ends[k]: where the leg ends that writes k + 1 texts.
+        ends = [min(len(texts[i]) + max(64, len(texts[i]) // 8), full) for i in waiting]
+        fitting = sum(k * end <= rows * full for k, end in enumerate(ends, 1))
+        writing, waiting = waiting[:fitting], waiting[fitting:]
+        sampling.max_new_tokens = ends[fitting - 1] - len(texts[writing[-1]])
+        written = opsdc.rollout(model, [texts[i] for i in writing], sampling, (*seed, leg))
+        for i, new in zip(writing, written):
+            texts[i] = (texts[i] + new)[: limits[i]]
+            if texts[i][-1] not in sampling.eos_token_id and len(texts[i]) < limits[i]:
+                waiting.append(i)
+
+
+def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part):
     """Generate, grade and append to the file `part`, unit by unit.
 
     A unit is a 32nd of a data set, but at least 4 and at most 128 times --batch_size responses. Which ones it
@@ -266,22 +312,28 @@ def sample(cfg, problems, finished, model, tokenizer, part):
     unit that each process is at.
     """
     units = []
-    for name in cfg.data.split(","):
-        wanted = [(problem, i) for problem in problems if problem.data == name for i in range(cfg.n)]
+    for _, some in itertools.groupby(problems, lambda problem: problem.data):
+        wanted = [(problem, i) for problem in some for i in range(cfg.n)]
         size = min(max(len(wanted) // 32, 4 * cfg.batch_size), 128 * cfg.batch_size)
         units += [wanted[at : at + size] for at in range(0, len(wanted), size)]
     missing = [any((x.data, x.number, i) not in finished for x, i in unit) for unit in units]
     todo = [(number, unit) for number, unit in enumerate(units) if missing[number]]
-    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-    sampling = sampling if cfg.temperature else {"do_sample": False, "top_p": None, "top_k": None}
-    sampling = opsdc.sampling_settings(model, tokenizer, max_new_tokens=cfg.max_response_tokens, **sampling)
+    knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
+    sampling = opsdc.sampling_settings(stop_tokens, *knobs)
+    model.generation_config = transformers.GenerationConfig()  # generate() fills gaps from it
+    if wrong := opsdc.misreading(model):
+        fail(f"--model {cfg.model} cannot be used, {wrong}")
+    if not opsdc.misreading(model, part=4):  # the attention mask of a whole read grows with its square
+        sampling.prefill_chunk_size = 1024
     rows = cfg.batch_size
     for number, unit in tqdm(todo[RANK::WORLD], unit="unit", disable=RANK > 0):
+        prompts = [problem.prompt for problem, _ in unit]
+        limits = [min(len(prompt) + cfg.max_response_tokens, context) for prompt in prompts]
         responses = None
         while responses is None:
             try:
-                prompts = [problem.prompt for problem, _ in unit]
-                responses = opsdc.rollout(model, prompts, sampling, (cfg.seed, number), rows)
+                seed = (cfg.seed, number)
+                responses = rollout_in_legs(model, prompts, limits, sampling, seed, rows)
             except RuntimeError as error:
                 if rows == 1 or not opsdc.out_of_memory(error):
                     raise
@@ -289,7 +341,7 @@ def sample(cfg, problems, finished, model, tokenizer, part):
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
         with part.open("a", encoding="utf-8") as file:
             for (problem, i), ids in zip(unit, responses):
-                truncated = ids[-1] not in sampling.eos_token_id
+                truncated = ids[-1] not in stop_tokens
                 text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
                 verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
                 record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
@@ -361,59 +413,46 @@ def report(samples, baseline):
     frame = pandas.DataFrame(samples)
     frame[["dual", "answer", "boxed"]] = frame[["dual", "answer", "boxed"]].astype(float)
     for name, part in frame.groupby("data", sort=False):
-        result = summarize(part)
+        results[name] = summarize(part)
         groups = [group for group in ("level", "subject") if group in part and part[group].notna().any()]
-        result["by"] = {group: {v: summarize(some) for v, some in part.groupby(group)} for group in groups}
-        theirs = baseline.get(name)
-        for group, value, summary in [(None, None, result), *rows_of(result)] if theirs else ():
-            against = theirs if group is None else theirs.get("by", {}).get(group, {}).get(value)
-            if against and against["per_problem"]["problem"] == summary["per_problem"]["problem"]:
-                summary["versus_baseline"] = compare(summary, against)
-        results[name] = result
+        by = {group: {value: summarize(some) for value, some in part.groupby(group)} for group in groups}
+        results[name]["by"] = by
+        if baseline:
+            results[name]["versus_baseline"] = compare(results[name], baseline[name])
     return results
 
 
-def rows_of(result):
-    return [(g, value, summary) for g, some in result["by"].items() for value, summary in some.items()]
-
-
 def table(results):
-    """Markdown, to be pasted as it stands; groups of more than ten are in results.json only."""
+    """Markdown, to be pasted as it stands."""
     compared = any("versus_baseline" in result for result in results.values())
     heads = ["data", "problems x samples", "accuracy %", "`Answer:` only", "boxed only"]
     heads += ["response tokens", "median", "truncated %"]
     heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for name, result in results.items():
-        few = [(group, value, x) for group, value, x in rows_of(result) if len(result["by"][group]) <= 10]
-        for title, x in [(name, result), *((f"{group} {value}", x) for group, value, x in few)]:
-            cells = [title, f"{x['problems']} x {x['samples'] / x['problems']:.0f}"]
-            cells += [plus_minus(x, key, 1 if key == "response_tokens" else 100) for key in MEASURES]
-            cells += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
-            for key in ("reduction", "accuracy_change") if compared else ():
-                cells.append(interval(x["versus_baseline"], key) if "versus_baseline" in x else "")
-            lines.append(cells)
+    for name, x in results.items():
+        cells = [name, f"{x['problems']} x {x['samples'] / x['problems']:.0f}"]
+        for key in MEASURES:
+            scale, se = 1 if key == "response_tokens" else 100, x[f"{key}_se"]
+            cells.append(f"{scale * x[key]:.1f}" + (f" ± {scale * se:.1f}" if se is not None else ""))
+        cells += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
+        for key in ("reduction", "accuracy_change") if compared else ():
+            value, se = 100 * x["versus_baseline"][key], x["versus_baseline"][f"{key}_se"]
+            span = f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else ""
+            cells.append(f"{value:.1f}{span}")
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def plus_minus(summary, key, scale):
-    se = summary[f"{key}_se"]
-    return f"{scale * summary[key]:.1f}" + (f" ± {scale * se:.1f}" if se is not None else "")
-
-
-def interval(comparison, key):
-    value, se = 100 * comparison[key], comparison[f"{key}_se"]
-    return f"{value:.1f}" + (f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else "")
 
 
 # -------------------------------------------------------------------------------------- the run, its settings
 def evaluate(cfg):
-    tokenizer, context = opsdc.inspect_model(cfg.model)
+    tokenizer, stop_tokens, context, version = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    baseline = load_baseline(cfg, problems)
+    asked = {name: [x for x in problems if x.data == name] for name in data_sets(cfg.data)}
+    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in asked.items()}
+    baseline = load_baseline(cfg, questions)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
-    settings |= {"model_files": model_digest(cfg.model), "data_rows": digest(problems)}
+    settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
     out = Path(cfg.out or default_out(settings))
     lock = opsdc.open_run(out, settings)  # noqa: F841, held to the end
     opsdc.start_processes()
@@ -430,7 +469,8 @@ def evaluate(cfg):
     dist.barrier()
     if len(finished) < len(problems) * cfg.n:
         model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
-        sample(cfg, problems, finished, model, tokenizer, out / f"samples.{RANK}.jsonl")
+        part = out / f"samples.{RANK}.jsonl"
+        sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part)
     dist.barrier()
     if RANK == 0:
         results = report(collect(out), baseline)
@@ -441,60 +481,38 @@ def evaluate(cfg):
     dist.destroy_process_group()
 
 
-def digest(value):
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-
-
-def model_digest(name):
-    """Of the files' names, sizes and times in a folder; for a hub name, its commit."""
-    if not Path(name).is_dir():
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash
-    stats = [(path.name, path.stat()) for path in sorted(Path(name).iterdir()) if path.is_file()]
-    return digest([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
-
-
 def default_out(settings):
     words = [settings[name] for name in ("model", "data", "instruction")]
     name = re.sub(r"[^\w.]+", "-", " ".join([*words, f"n{settings['n']}", f"t{settings['temperature']}"]))
     return f"runs/eval/{name.strip('-')[:100]}-{digest(settings)[:6]}"
 
 
-def load_baseline(cfg, problems):
-    """-> its results by data set, once it is sure that they are of the same problems."""
+def load_baseline(cfg, questions):
+    """-> its results by data set, once it is sure that they answer the same questions, sampled alike."""
     if not cfg.baseline:
         return {}
     try:
-        results = json.loads(Path(cfg.baseline).read_text())["results"]
-        theirs = {name: results[name]["per_problem"] for name in results}
-        theirs = {name: list(zip(x["problem"], x["gold"], strict=True)) for name, x in theirs.items()}
+        theirs = json.loads(Path(cfg.baseline).read_text())
+        alike = ("temperature", "top_p", "top_k", "max_response_tokens")
+        other = [f"--{name} {theirs[name]}" for name in alike if theirs[name] != getattr(cfg, name)]
+        unlike = [name for name in questions if theirs["questions"].get(name) != questions[name]]
+        results = theirs["results"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({first_line(error)})")
-    for name in cfg.data.split(","):
-        if theirs.get(name) != [(x.number, x.gold) for x in problems if x.data == name]:
-            fail(f"--baseline {cfg.baseline} was not measured on the same problems of {name}")
+    if other or unlike:
+        what = f"with {', '.join(other)}" if other else f"on other problems of {unlike[0]}"
+        fail(f"--baseline {cfg.baseline} was measured {what}")
     return results
-
-
-def check_settings(cfg):
-    cfg.data = ",".join(name.strip() for name in cfg.data.split(","))
-    require(cfg, "at least 1", lambda x: x >= 1, "n", "max_response_tokens", "batch_size")
-    require(cfg, "0 or more", lambda x: 0 <= x < math.inf, "temperature", "top_k", "limit")
-    require(cfg, "above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
-    require(cfg, "something other than empty", lambda x: all(x.split(",")), "model", "data")
-    cfg.instruction = cfg.instruction.strip()
-    require(cfg, "v1, v2 or a text", lambda x: x == "" or opsdc.is_instruction(x), "instruction")
-    if cfg.temperature == 0 and cfg.n > 1:
-        fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
-    paths = [Path(name).resolve() for name in cfg.data.split(",")]
-    if len(set(paths)) < len(paths):
-        fail(f"--data {cfg.data} names a data set twice")
 
 
 def main():
     cfg = opsdc.parse_args(Config, "Accuracy and average response tokens.")
-    transformers.utils.logging.disable_progress_bar()
+    if cfg.temperature == 0 and cfg.n > 1:
+        fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
+    paths = [Path(name).resolve() for name in data_sets(cfg.data)]
+    if len(set(paths)) < len(paths) or Path("").resolve() in paths:
+        fail(f"--data {cfg.data} names a data set twice, or none")
     try:
-        check_settings(cfg)
         evaluate(cfg)
     except RuntimeError as error:
         if not opsdc.out_of_memory(error):
@@ -502,6 +520,8 @@ def main():
         fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
     except OSError as error:
         fail(f"{first_line(error)}; once that is mended, the same command continues", code=1)
+    except KeyboardInterrupt:
+        fail("interrupted: the same command continues", code=130)
 
 
 if __name__ == "__main__":
