@@ -1,0 +1,462 @@
+"""Tests of eval.py and of the folders beside it, on a CPU, without network. Helpers are test_opsdc.py's."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from transformers import AutoTokenizer, masking_utils
+
+import eval as evaluation
+import opsdc
+from test_opsdc import HERE, OUT_OF_MEMORY, TOY, command, ended, launch, lines, plain_logits, readme_commands
+from test_opsdc import process_group, refusal, steady_sampler, tiny  # noqa: F401, the first is a fixture
+
+
+
+# ---------------------------------------------------------------------------------------------------- eval.py
+RIGHT = {"answer": True, "boxed": False, "dual": True}
+BOXED = {"answer": False, "boxed": True, "dual": True}
+WRONG = {"answer": False, "boxed": False, "dual": False}
+
+
+def verdicts(final, gold, thinking="x", truncated=False):
+    return evaluation.grade(f"<think>\n{thinking}\n</think>\n\n{final}", gold, truncated)
+
+
+@pytest.mark.parametrize("gold, same, other", (
+    ("\\frac{1}{2}", ("\\frac12", "\\dfrac{1}{2}", "1/2", "0.5", "$\\frac{1}{2}$", "\\(\\frac{1}{2}\\)",
+                      "$\\displaystyle \\frac{1}{2}$"), ("2", "\\frac{1}{3}", "", "> \\frac{1}{2}")),
+    ("(3, \\frac{\\pi}{2})", ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(\\pi/2, 3)", "3")),
+    ("[2,5)", ("\\left[2,5\\right)",), ("[2,5]", "(2,5)")),
+    ("(-\\infty, 2) \\cup (3, \\infty)", ("(-\\infty,2)\\cup(3,\\infty)",),
+     ("(-\\infty, 3) \\cup (2, \\infty)",)),
+    ("\\{1\\pm\\sqrt{5},-2\\}", ("\\{-2, 1+\\sqrt{5}, 1-\\sqrt{5}\\}",), ("\\{1,-2\\}",)),
+    ("5.4 \\text{ cents}", ("5.4", "5.4 cents"), ("54",)),
+    ("90^\\circ", ("90", "90 degrees", "90^{\\circ}", "90°"), ("9",)),
+    ("50\\%", ("50\\%", "50%", "50", "50 percent", "0.5"), ("5\\%",)),
+    ("7^{-40}", ("\\frac{1}{7^{40}}",), ("7^{-41}", "0", "7^{-40} + 7^{-41}")),
+    ("\\frac{1}{9}", ("0.1111111",), ("0.11", "0.1111")),
+    ("4 \\times 10^{-30}", ("4e-30", "4 × 10⁻³⁰", "4 x 10^{-30}"), ("4e-31", "4.1 \\times 10^{-30}")),
+    ("8", ("8 m^2", "$8\\,\\mathrm{km}$", "8 pupils, altogether.", "8 km/h", "`8`", "8 (since 2*4)", "$8",
+           "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8."),
+     ("> 8", "8 or more", "\\ne 8", "n \\ge 8", "9 = 8", "8 = 9", "8, 9", "8 cups and 3 cans", "8 million",
+      "8t", ".8", "not 8", "8 (or 9)", "8 < x")),
+    ("n > 4", ("4 < n", "(4, \\infty)", "n > 4"), ("4", "n \\ge 4", "n < 4")),
+    ("12000", ("12 000", "12,000", "12\\,000", "12{,}000"), ("12", "12, 000")),
+    ("\\frac{9}{4}", ("2 1/4", "2\\frac{1}{4}"), ("21/4",)),
+    ("-2\\sqrt{7}", ("−2√7", "-2*sqrt(7)", "-√28"), ("2√7", "-2√6")),
+    ("3\\pi", ("3π", "3*pi", "3 pi", "3π cm²"), ("3",)),
+    ("x^4-\\mathrm{e}^x", ("x⁴ - e^x", "x**4 - e^{x}"), ("x^4 + e^x",)),
+    ("5-2i", ("5 - 2\\mathrm{i}", "-2i + 5"), ("5+2i", "3", "5")),
+    ("(-\\infty, 0)", ("(-∞, 0)",), ("(0, ∞)",)), ("\\emptyset", ("\\varnothing", "∅"), ("0",)),
+    ("3, -3", ("±3", "-3 or 3", "\\{3, -3\\}"), ("3", "-3")), ("1, \\ldots, n", ("1,\\ldots,n",), ("1, n",)),
+    ("a = 1, b = 2", ("1, 2", "b = 2, a = 1"), ("2, 1",)), ("(2,1)", ("(2, 1)",), ("\\{1,2\\}", "(1,2)")),
+    ("on", ("On",), ("no",)), ("\\text{Ada Byron}", ("ada byron", "It is Ada Byron."), ("Byron Ada", "Abad")),
+    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}",
+     ("\\begin{pmatrix} -\\frac{1}{3} \\\\ \\frac{2}{3} \\end{pmatrix}",),
+     ("\\begin{pmatrix} 2/3 \\\\ -1/3 \\end{pmatrix}",)),
+    ("\\text{Evelyn}", ("Evelyn", "evelyn.", "\\text{Evelyn}", "**Evelyn**", "__Evelyn__"), ("Carla", "Eve")),
+    ("5!", ("120", "5!"), ("5",)),
+    ("10,\\!080", ("10080", "10,080"), ("10", "80")),
+    ("x=5", ("5", "x = 5"), ("y", "6")),
+    ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "option b", "The answer is B",
+           "B) Paris", "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct"),
+     ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B", "B is wrong", "B = 2",
+      "Vitamin B", "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B")),
+    ("D", ("D. Both A and B", "D. A and B", "It is d", "The correct answer is D", "D, not B",
+           "D because B fails", "It is not B, the answer is D"),
+     ("Not D", "neither D", "anything except D", "D. or E.", "5\\,\\text{D}", "20 °D")),
+    ("A", ("A", "A. One"), ("A or B", "(A) and (B)", "A cat, B", "A guess", "A\\cup B")),
+    ("\\text{(C)}", ("C", "(C)", "$\\displaystyle \\text{(C)}$"), ("D",)),
+))  # fmt: skip
+def test_grader(gold, same, other):
+    for answer in same:
+        assert verdicts(f"So.\n\nAnswer: {answer}", gold) == RIGHT, answer
+        assert verdicts(f"So \\boxed{{{answer}}}.", gold) == BOXED, answer
+    for answer in other:
+        assert verdicts(f"Answer: {answer}\n\\boxed{{{answer}}}", gold) == WRONG, answer
+
+
+def test_grader_reads_the_final_answer_and_nothing_else():
+    assert verdicts("Answer: 3\nNo.\nAnswer: 4", "4") == RIGHT  # the last line counts
+    assert verdicts("Answer: 4\nNo.\nAnswer: 3", "4") == WRONG
+    dresses = "**Answer:**\n\n$$4$$", "answer:\n\\[\n4\n\\]", "**Answer**: 4", "__Answer__: 4", "Answer：4"
+    for dressed in dresses:
+        assert verdicts(dressed, "4") == RIGHT, dressed
+    assert verdicts("It is 4.", "4", thinking="Answer: 4 \\boxed{4}") == WRONG
+    assert verdicts("Answer: 4", "4", truncated=True) == WRONG
+    assert evaluation.grade("<think>\nAnswer: 4 \\boxed{4}", "4") == WRONG  # still thinking
+    assert evaluation.grade("Answer: 4", "4") == RIGHT  # a model that does not think
+    assert evaluation.grade("", "4") == evaluation.grade("Answer:", "4") == WRONG
+    assert evaluation.grade("Answer: ", "") == WRONG
+    assert verdicts("Answer: 4\nA check of the answer: it is even.\nThe answer: 3 was no good.", "4") == RIGHT
+    assert verdicts("The answer: 4\nFine.", "4") == verdicts("### Final Answer: 4", "4") == RIGHT
+    assert verdicts("\\boxed{1}. No, it is \\boxed{\\frac{3}{\\sqrt{4}}}", "\\frac{3}{\\sqrt{4}}") == BOXED
+    assert verdicts("\\boxed{1} and \\boxed{2}", "1,2") == verdicts("\\fbox{3}, \\boxed {4}", "4,3") == BOXED
+    assert verdicts("\\boxed{1} or \\boxed{2}", "2") == verdicts("\\boxed{C = 2}\nAnswer: A", "C") == WRONG
+    assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
+    assert verdicts("\\boxed{4", "4") == WRONG
+
+
+def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
+    monkeypatch.setattr(evaluation, "GRADING_SECONDS", 2)
+    began = time.time()
+    garbage = "9^{9^{9^{9}}}", "{" * 900, "\\frac" * 180, "\\boxed{" * 50, "((((" * 200, "\x00\ud7ff"
+    for text in garbage:
+        assert not verdicts(f"Answer: {text}\n\\boxed{{{text}}}", "7")["dual"]
+    assert not evaluation.grade("Answer: \\boxed{((" * 7000, "7")["dual"]  # 100 KB
+    assert not evaluation.grade("a1{\\" * 25000, "7")["dual"]
+    assert time.time() - began < 40
+    assert verdicts("Answer: 3+4", "7")["answer"]  # and goes on grading
+
+
+def test_standard_errors_against_numbers_by_hand():
+    four = evaluation.mean_and_se(pandas.Series([1.0, 0.5, 0.0, 0.5]))
+    assert four == pytest.approx((0.5, math.sqrt(1 / 24)))
+    assert evaluation.mean_and_se(pandas.Series([1.0]))[1] is None
+    outcomes = (0, 1.0, 10), (0, 1.0, 20), (1, 1.0, 30), (1, 0.0, 60)
+    frame = pandas.DataFrame([
+        {"problem": p, "gold": "1", "dual": right, "answer": right, "boxed": 0.0, "response_tokens": tokens,
+         "truncated": tokens == 60} for p, right, tokens in outcomes
+    ])  # fmt: skip
+    summary = evaluation.summarize(frame)
+    # Problems' accuracies are 1 and 1/2, tokens 15 and 45. Taken as four independent samples, the error of
+    # the accuracy would be 1/4 too, that of the tokens 10.8.
+    assert (summary["accuracy_dual"], summary["accuracy_dual_se"]) == pytest.approx((0.75, 0.25))
+    assert (summary["response_tokens"], summary["response_tokens_se"]) == pytest.approx((30, 15))
+    assert (summary["response_tokens_median"], summary["truncated"]) == (25, 0.25)
+    assert summary["accuracy_boxed"] == 0
+    ours = {"per_problem": {"accuracy": [1.0, 0.5], "response_tokens": [50, 100]}}
+    base = {"per_problem": {"accuracy": [0.5, 0.5], "response_tokens": [100, 300]}}
+    assert evaluation.compare(ours, base) == pytest.approx(  # r = 150 / 400; residuals +-12.5, mean 200
+        {"reduction": 0.625, "reduction_se": 0.0625, "accuracy_change": 0.25, "accuracy_change_se": 0.25}
+    )
+
+
+def test_options_are_lettered_and_shuffled_the_same_way_every_time():
+    letters = set()
+    for i in range(40):
+        wrong = {f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}
+        row = {"Question": f"Question {i}", "Correct Answer": "right", **wrong}
+        asked, gold = evaluation.with_gold(row)
+        (message,) = opsdc.student_messages(asked)
+        assert f"{gold}. right" in message["content"] and (asked, gold) == evaluation.with_gold(row)
+        letters.add(gold)
+    assert letters == set("ABCD")
+
+
+ARC = {"text": ["Rome", "Paris"], "label": ["1", "2"]}
+
+
+@pytest.mark.parametrize("row", (
+    {"question": "Capital?", "choices": ["Rome", "Paris"], "answer": 1, "level": None},
+    {"problem": "Capital?", "options": ["Rome", "Paris"], "answer": "B"},
+    {"prompt": "Capital?", "choices": ["Rome", "Paris"], "options": None, "answer": "Paris"},
+    {"prompt": [{"role": "user", "content": "Capital?"}], "choices": ARC, "answerKey": "2"},
+    {"question": "Capital?", "choices": ARC, "answerKey": 2},
+    {"question": "Capital?", "choices": ARC, "reward_model": {"ground_truth": "B"}},
+))  # fmt: skip
+def test_options_in_any_form(row):
+    asked, gold = evaluation.with_gold(row)
+    assert gold == "B"
+    assert "Capital?\n\nA. Rome\nB. Paris\n\n" in opsdc.student_messages(asked)[-1]["content"]
+
+
+@pytest.mark.parametrize("row, gold", (
+    ({"answer": "2 + 16 = 18" * 200 + "\n#### 18"}, "18"),  # a solution ends in its answer
+    ({"answer": "0.00001"}, "0.00001"), ({"answer": 0}, "0"),
+    ({"reward_model": {"ground_truth": "34", "style": "rule"}}, "34"),  # as in DAPO-Math-17k
+))  # fmt: skip
+def test_gold_answers(row, gold):
+    assert evaluation.with_gold({"question": "?", **row})[1] == gold
+
+
+@pytest.mark.parametrize("row, message", (
+    ({"answer": None}, "has no answer"), ({"answer": float("nan")}, "has no answer"),
+    ({"answer": [1]}, "has no answer"),
+    ({"answer": True}, "has no answer"), ({"reward_model": {"style": "rule"}}, "has no answer"),
+    ({"answer": "x" * 1834}, "1834 characters long; give the final answer alone"),
+    ({"choices": ["x"], "answer": 0}, "2 to 26 texts"), ({"choices": "xy", "answer": 0}, "2 to 26 texts"),
+    ({"choices": ["x"] * 27, "answer": 0}, "2 to 26 texts"),
+    ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),
+    ({"choices": {"label": ["A"]}, "answer": "A"}, "2 to 26 texts"),
+    ({"choices": ["x", "y"], "answer": "C"}, "'C' is none of its 2 options"),
+    ({"choices": ["x", "y"], "answer": 2}, "2 is none of its 2 options"),
+    ({"Question": "Which?", "Correct Answer": "x", "Incorrect Answer 1": "y"}, "2 to 26 texts"),
+))  # fmt: skip
+def test_what_cannot_be_graded_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.with_gold({"question": "Which?", **row})
+
+
+# -------------------------------------------------------------------------------------------- rollout in legs
+def in_legs(model, prompts, cap, rows, stop_tokens=(1,), seed=(0, 0), context=256):
+    sampling = opsdc.sampling_settings(list(stop_tokens), cap)
+    sampling.pad_token_id = 0
+    limits = [min(len(prompt) + cap, context) for prompt in prompts]
+    return evaluation.rollout_in_legs(model, prompts, limits, sampling, seed, rows)
+
+
+def test_each_response_has_its_own_cap():
+    """A prompt near the context's end (256) is cut off at its own room, others go on into further legs."""
+    prompts = [[5] * 246, [6] * 3, [7] * 186, [8] * 255]
+    for rows in (4, 2):
+        responses = in_legs(steady_sampler(), prompts, 80, rows, stop_tokens=(99,))
+        assert [len(response) for response in responses] == [10, 80, 70, 1]
+
+
+def test_legs_do_not_change_the_distribution(monkeypatch):
+    """Each token beside the model's own probabilities after prompt + response so far: how likely the sampled
+    ones were, and how often a response ended, are within four standard errors of what was to be expected.
+    Lengths are like those of one plain call (a Kolmogorov-Smirnov test). The rows of a leg never hold more
+    tokens than 60 of full length (9 + 130), and are more than 60 while they are short."""
+    model = tiny(3)
+    model.lm_head.weight.data *= 0.5
+    prompts = [[5, 6], [7], [8, 9, 10, 11], [12] * 9] * 50
+    plain, shapes, generate = opsdc.rollout, [], model.generate
+    watched = lambda *args, **kwargs: (output := generate(*args, **kwargs), shapes.append(output.shape))[0]
+    monkeypatch.setattr(model, "generate", watched)
+    responses = in_legs(model, prompts, 130, rows=60)
+    assert max(rows * length for rows, length in shapes) <= 60 * 139 and shapes[0][0] > 60
+    surprise, ends = torch.zeros(2).double(), torch.zeros(2).double()  # sums: deviation, variance
+    for prompt, response in zip(prompts, responses):
+        with torch.no_grad():
+            log_q = plain_logits(model, prompt, response).double().log_softmax(-1)
+        q, chosen = log_q.exp(), log_q[range(len(response)), response]
+        mean = (q * log_q).sum(-1)
+        surprise += torch.stack([(chosen - mean).sum(), ((q * log_q**2).sum(-1) - mean**2).sum()])
+        over = torch.tensor(response) == 1
+        ends += torch.stack([(over.double() - q[:, 1]).sum(), (q[:, 1] * (1 - q[:, 1])).sum()])
+    assert sum(len(response) > 64 for response in responses) > 40  # there are second legs
+    for deviation, variance in (surprise, ends):
+        assert abs(deviation) < 4 * variance.sqrt()
+    whole = plain(model, prompts, opsdc.sampling_settings([1], 130), 1)
+    lengths = [sorted(map(len, some)) for some in (responses, whole)]
+    below = [[sum(x <= n for x in some) / len(some) for n in range(131)] for some in lengths]
+    assert max(abs(a - b) for a, b in zip(*below)) < 2.0 * math.sqrt(2 / len(prompts))  # once in 1,500
+
+
+def test_legs_and_padding_do_not_change_what_is_written():
+    """Greedy, each prompt alone in one call against all together in legs, two rows at a time or all. Texts
+    are read in parts there: no attention mask is larger than [rows, 1,024, S]."""
+    tokenizer, stop_tokens, *_ = opsdc.inspect_model(TOY)
+    model, sizes, make = opsdc.load_model(TOY, "auto"), [], masking_utils.sdpa_mask
+    texts = ("What is 23 + 4 - 9?", "Compute 31 - 6 + 2 + 7 - 1.", "Calculate 20 + 5.")
+    prompts = [opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": text})) for text in texts]
+    prompts.append([6] * 1700)
+    model.config.max_position_embeddings = 4096
+    greedy = opsdc.sampling_settings(stop_tokens, 100, temperature=0)
+    alone = [opsdc.rollout(model, [prompt], greedy, 0)[0] for prompt in prompts]
+
+    def watched(*args, **kwargs):
+        mask = make(*args, **kwargs)
+        sizes.append(0 if mask is None else mask.numel())
+        return mask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+        for rows in (2, 4):
+            greedy.prefill_chunk_size = 1024
+            limits = [len(prompt) + 100 for prompt in prompts]
+            assert evaluation.rollout_in_legs(model, prompts, limits, greedy, (0,), rows) == alone
+    assert 1024 * 1700 <= max(sizes) <= 4 * 1024 * 1800
+
+
+EVAL = ("--data", HERE / "toy" / "test.jsonl", "--limit", 16, "--n", 2, "--batch_size", 2)
+EVAL += ("--max_response_tokens", 150)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The toy on 16 problems by one process, and by two at the same time -> folder, printed, other folder."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = shutil.copytree(TOY, folder / "model", ignore=shutil.ignore_patterns("*.jsonl", "*.p*"))
+    flags = ("--model", model, *EVAL)
+    both = "--standalone --nproc_per_node=2"
+    other = subprocess.Popen(command(*flags, launcher=both, script="eval.py"), cwd=folder)  # without --out
+    printed = ended(launch(command(*flags, "--out", folder / "one", script="eval.py")))
+    assert other.wait(timeout=300) == 0
+    (two,) = folder.glob("runs/eval/*")
+    return folder / "one", printed, two
+
+
+def test_evaluation_of_the_toy(evaluated):
+    out, printed, _ = evaluated
+    samples, results = lines(out / "samples.jsonl"), json.loads((out / "results.json").read_text())
+    (summary,) = results["results"].values()
+    assert [(s["problem"], s["sample"]) for s in samples] == [(p, i) for p in range(16) for i in range(2)]
+    test = lines(HERE / "toy" / "test.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    for s in samples:
+        assert s["gold"] == test[s["problem"]]["answer"] and s["level"] == str(test[s["problem"]]["level"])
+        ids = tokenizer.encode(s["response"] + "<|im_end|>" * (not s["truncated"]), add_special_tokens=False)
+        assert s["response_tokens"] == len(ids)
+        assert s["dual"] == (s["response"].split("</think>")[-1].strip("\nAnswer: \\boxed{}") == s["gold"])
+    assert summary["by"]["level"]["1"]["problems"] == 16
+    assert summary["accuracy_dual"] == sum(s["dual"] for s in samples) / 32
+    assert summary["response_tokens"] == sum(s["response_tokens"] for s in samples) / 32
+    assert results["n"] == 2 and results["versions"]["torch"] == torch.__version__
+    assert re.search(r"\| \S+test.jsonl \| 16 x 2 \|", printed)
+
+
+def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_path):
+    out, _, two = evaluated
+    whole = (out / "samples.jsonl").read_text()
+    assert (two / "samples.jsonl").read_text() == whole
+    flags = ("--model", out.parent / "model", *EVAL, "--out", tmp_path / "killed")
+    process = subprocess.Popen(command(*flags, script="eval.py"), cwd=HERE, stderr=subprocess.DEVNULL)
+    part = tmp_path / "killed" / "samples.0.jsonl"
+    while not part.exists() or part.stat().st_size == 0:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = part.read_text()
+    assert 0 < len(before) < len(whole)
+    part.write_text(before + before[:50])  # and a line cut short
+    assert "reusing" in ended(launch(command(*flags, script="eval.py")))
+    assert (tmp_path / "killed" / "samples.jsonl").read_text() == whole
+
+
+def in_process(main, capsys, monkeypatch, *flags):
+    """eval.py without another launch of Python -> what it printed; the process group stays up."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(opsdc.dist, name, lambda *_, **__: None)
+    main()
+    return capsys.readouterr().out
+
+
+def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys, monkeypatch):
+    out, printed, _ = evaluated
+    model, whole = out.parent / "model", (out / "samples.jsonl").read_text()
+    flags = ("--model", model, *EVAL, "--out", out)
+    again = in_process(evaluation.main, capsys, monkeypatch, *flags, "--baseline", out / "results.json")
+    assert "reusing 32 samples" in again and (out / "samples.jsonl").read_text() == whole
+    assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again
+    line = refusal(evaluation.main, capsys, monkeypatch, *flags, "--n", 3, "--temperature", 1)
+    assert "n was 2, is 3; temperature was 0.6, is 1.0" in line
+    rows = [row | {"answer": "7"} for row in lines(HERE / "toy" / "test.jsonl")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refusal(evaluation.main, capsys, monkeypatch, *flags, "--data", tmp_path / "test.jsonl")
+    assert "data_rows was" in line and "questions was" in line
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
+    line = refusal(evaluation.main, capsys, monkeypatch, *flags)
+    assert "model_files was" in line
+    os.utime(model / "model.safetensors", (0, 0))
+    (model / "model.safetensors").write_bytes(weights)  # a time alone changes nothing
+    in_process(evaluation.main, capsys, monkeypatch, *flags)
+    settings = {"model": "m", "data": "d", "instruction": "", "n": 1, "temperature": 1}
+    assert evaluation.default_out(settings) != evaluation.default_out(settings | {"model_files": "other"})
+    assert (out / "samples.jsonl").read_text() == whole
+
+
+def test_odd_groups_and_a_long_prompt_do_no_harm(evaluated, tmp_path, capsys, monkeypatch):
+    """Groups of mixed types, missing, a list. A prompt near the context's end lowers its own cap alone."""
+    filler = "What is 20 + 4? " * 100
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    while len(tokenizer.encode(filler)) > 970:
+        filler = filler[16:]
+    rows = [{"prompt": "What is 20 + 4?", "answer": "24", "level": level} for level in (1, "hard", [2], None)]
+    rows += [{"prompt": filler, "answer": 24}]
+    rows += [{"prompt": "Compute 30 + 5.", "answer": "35", "subject": "sums"}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", TOY, "--data", tmp_path / "odd.jsonl", "--n", 1, "--max_response_tokens", 150)
+    first = in_process(evaluation.main, capsys, monkeypatch, *flags, "--out", tmp_path / "one")
+    assert "1 of 6 problems have less room" in first
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    (summary,) = results["results"].values()
+    assert summary["by"]["level"].keys() == {"1", "hard", "[2]"}
+    assert summary["by"]["subject"].keys() == {"sums"}
+    lengths = [s["response_tokens"] for s in lines(tmp_path / "one" / "samples.jsonl")]
+    assert lengths[4] <= 1024 - 900 and max(lengths[:4]) > 60
+
+
+@pytest.mark.parametrize("error", (*OUT_OF_MEMORY, RuntimeError("a cosmic ray")), ids=range(5))
+def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
+    tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
+    model, tried = opsdc.load_model(TOY, "auto"), []
+
+    def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
+        tried.append(rows)
+        if rows > 2:
+            raise error
+        return [[5, 6]] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "rollout_in_legs", rollout_in_legs)
+    cfg = evaluation.Config(model=TOY, data="toy", n=1, batch_size=8)
+    problems = [evaluation.Problem("toy", i, "", [1, 2], False, "1", {}) for i in range(40)]
+    rest = model, tokenizer, stop_tokens, context, tmp_path / "samples.0.jsonl"
+    if "cosmic" in str(error):
+        with pytest.raises(RuntimeError, match="a cosmic ray"):
+            evaluation.sample(cfg, problems, set(), *rest)
+        return
+    evaluation.sample(cfg, problems, set(), *rest)
+    assert tried == [8, 4, 2, 2] and len(lines(tmp_path / "samples.0.jsonl")) == 40
+
+
+@pytest.mark.parametrize("flags, message", (
+    (("--temperature", 0), "--temperature 0 gives the same response 2 times: add --n 1"),
+    (("--top_p", 0), "--top_p is 0.0, must be above 0 and at most 1"),
+    (("--n", 0), "--n is 0"),
+    (("--instruction", "V1"), "--instruction is 'V1', must be v1, v2 or a text"),
+    (("--data", "x.jsonl, ./x.jsonl"), "names a data set twice"),
+    (("--data", "missing.jsonl"), "--data missing.jsonl: [Errno 2] No such file"),
+    (("--data", f"{TOY}/test.jsonl,"), "names a data set twice, or none"),
+    (("--data", f"{TOY}/test.jsonl:nosuch"), "there are no rows in split nosuch (splits: train)"),
+    (("--data", HERE / "toy" / "train.jsonl"), "row 1: has no answer (found: prompt)"),
+    (("--model", HERE / ".ci"), "the folder has no config.json and no *.safetensors"),
+    (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
+    (("--baseline", "LIST"), "is not a results.json of eval.py"),
+    (("--baseline", "OTHER"), "was measured on other problems of "),
+    (("--baseline", "WARM"), "was measured with --temperature 1.5, --top_k 5"),
+    (("--out", TOY), "holds files, but no good config.json of such a run"),
+))  # fmt: skip
+def test_wrong_input_to_eval(flags, message, evaluated, tmp_path, capsys, monkeypatch):
+    results = json.loads((evaluated[0] / "results.json").read_text())
+    asked = {name: "another" for name in results["questions"]}
+    (tmp_path / "OTHER").write_text(json.dumps(results | {"questions": asked}))
+    (tmp_path / "WARM").write_text(json.dumps(results | {"temperature": 1.5, "top_k": 5}))
+    (tmp_path / "LIST").write_text("[1]")
+    flags = [str(tmp_path / flag if flag in ("OTHER", "WARM", "LIST") else flag) for flag in flags]
+    flags = ("--model", TOY, *EVAL, "--out", tmp_path / "run", *flags)
+    assert message in refusal(evaluation.main, capsys, monkeypatch, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_readme_commands_are_understood():
+    assert len(readme_commands("eval")) > 1
+    for flags in readme_commands("eval"):
+        opsdc.parse_args(evaluation.Config, "", flags)
+
+
+def test_questions_of_smollm2_are_held_out():
+    """No question in both parts, not even with its words in another order; no answer in its own question."""
+    parts = [lines(HERE / "smollm2" / f"{part}.jsonl") for part in ("train", "test")]
+    asked = [[frozenset(re.findall(r"[\w+-]+", row["prompt"].casefold())) for row in part] for part in parts]
+    assert [len(part) for part in asked] == [480, 240] and len(set(asked[0] + asked[1])) == 720
+    answers = [(row["prompt"], row["answer"]) for row in parts[1] if "answer" in row]
+    assert len(answers) == 120 and all(answers)
+    for question, spellings in answers:
+        given_away = [x for x in spellings if re.search(rf"\b{re.escape(x)}\b", question, re.IGNORECASE)]
+        assert not given_away, question
+
+
+# ------------------------------------------------------------------------------------------------------ bench
+def test_rehearsal_on_a_gpu_runs_without_one():
+    """All its sections, with tiny shapes; only a run of the toy on both devices needs a GPU."""
+    report = ended(launch(command(script="bench/gpu.py")))
+    assert report.count("**Holds:**") == 5 and "DOES NOT HOLD" not in report, report
+    rows = [re.split(r" *\| *", line)[1:-1] for line in report.splitlines() if line.startswith("| ")]
+    phases, figures = rows[2:5], rows[7:]
+    assert all(float(simulated) > 0 for _, simulated, _ in phases), report
+    assert len(figures) == 5 and all(float(seconds) > 0 for _, seconds in figures[:3]), report
