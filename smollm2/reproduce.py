@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import eval as evaluation
 import opsdc
 from opsdc import read_lines
 
@@ -61,10 +62,7 @@ TRAINED = {  # name: (row of the tables, flags besides TRAINING)
 ASKED = {f"asked{i}": instruction for i, instruction in enumerate(WORDINGS)}  # put to the base model
 TITLES = {"base": "base model", "asked0": "base model, asked"}  # rows of the main result
 TITLES |= {name: title for name, (title, _) in TRAINED.items()} | {"half": "OPSDC after 8 of the 16 steps"}
-SAMPLINGS = {  # the second is how the paper evaluates
-    "greedy": {"do_sample": False, "top_p": None, "top_k": None},
-    "sampled": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
-}
+SAMPLINGS = {"greedy": (0,), "sampled": (0.6, 0.95, 20)}  # the second is how the paper evaluates
 CAP = 200  # tokens of a response that is evaluated
 
 
@@ -85,20 +83,22 @@ def take_model(folder):
 
 
 def sample(args, name, how, folder, instruction=""):
-    """Responses to the held-out questions, by the function that training uses, as lines of a file."""
+    """Responses to the held-out questions, by the function that eval.py uses, as lines of a file."""
     path = args.out / f"{name}-{how}.jsonl"
     if path.exists():
         return
-    tokenizer, _ = opsdc.inspect_model(str(folder))
+    tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(folder))
     model = opsdc.load_model(str(folder), torch.float32)
-    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS[how])
+    settings = opsdc.sampling_settings(stop_tokens, CAP, *SAMPLINGS[how])
     rows = read_lines(HERE / "test.jsonl")[:: 3 if args.quick else 1]
     prompts = []
     for row in rows:
         asked = opsdc.teacher_messages(row, instruction) if instruction else opsdc.student_messages(row)
         prompts.append(opsdc.prompt_ids(tokenizer, asked))
     records = []
-    for row, ids in zip(rows, opsdc.rollout(model, prompts, settings, seed=0, rows=64)):
+    limits = [len(prompt) + CAP for prompt in prompts]
+    responses = evaluation.rollout_in_legs(model, prompts, limits, settings, seed=(0,), rows=64)
+    for row, ids in zip(rows, responses):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         record = {"prompt": row["prompt"], "response": text, "tokens": len(ids)}
         record["truncated"] = ids[-1] not in settings.eos_token_id
@@ -231,9 +231,9 @@ def signal_tables(responses):
 def greedy_responses(out):
     """Three held-out questions, the base model's greedy responses, and the KL of each token (Eq. 1). They are
     the first open questions that it answers in 40 to 110 tokens."""
-    tokenizer, _ = opsdc.inspect_model(str(out / "base"))
+    tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(out / "base"))
     model = opsdc.load_model(str(out / "base"), torch.float32)
-    settings = opsdc.sampling_settings(model, tokenizer, max_new_tokens=CAP, **SAMPLINGS["greedy"])
+    settings = opsdc.sampling_settings(stop_tokens, CAP, *SAMPLINGS["greedy"])
     rows = read_lines(out / "base-greedy.jsonl")
     for row in [x for x in rows if x["right"] is None and 40 <= x["tokens"] <= 110][:3]:
         both = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
@@ -242,7 +242,7 @@ def greedy_responses(out):
         with torch.inference_mode():
             logits = [model(torch.tensor([z + y])).logits[0, len(z) - 1 : -1] for z in (x, xc)]
         log_q, log_p = (z.log_softmax(-1) for z in logits)
-        kl, _ = opsdc.divergence(log_q.exp(), log_q, log_p, "reverse_kl")
+        kl = opsdc.divergence(log_q, log_p, "reverse_kl")
         yield row["prompt"], list(zip([tokenizer.decode(id) for id in y], kl.tolist()))
 
 
