@@ -1,13 +1,14 @@
-"""What one GPU holds in a step of the paper's runs, simulated on a CPU; then the same simulation of a small
-model beside two real processes (on Linux).
+"""Which GPUs a run needs: what one GPU holds in a step of training, simulated on a CPU.
 
-    python bench/memory.py    # about six minutes
+    python bench/memory.py          # Qwen3-8B and 14B by use, and a small model beside two real processes
+    python bench/memory.py gpus     # six models on 1 to 16 GPUs of four sizes: what fits
 
 The simulation runs the code of opsdc.py on tensors that have a shape and no data, in a process group whose
-other members do not exist.
+other members do not exist. The worst case is taken: all prompts at their limit, all responses at the cap.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import weakref
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -23,83 +25,102 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import opsdc
 
-SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, as their config.json says
-    "Qwen3-8B": (4096, 36, 32, 12_288, 151_936),
-    "Qwen3-14B": (5120, 40, 40, 17_408, 151_936),
-    "small": (256, 12, 8, 1024, 50_000),
-    "tiny": (32, 2, 2, 48, 512),
-}
-RUNS = ("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16)  # processes
+SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, tied embeddings, as config.json says
+    "Qwen3-0.6B": (1024, 28, 16, 3072, 151_936, True),
+    "Qwen3-1.7B": (2048, 28, 16, 6144, 151_936, True),
+    "Qwen3-4B": (2560, 36, 32, 9728, 151_936, True),
+    "Qwen3-8B": (4096, 36, 32, 12_288, 151_936, False),
+    "Qwen3-14B": (5120, 40, 40, 17_408, 151_936, False),
+    "Qwen3-32B": (5120, 64, 64, 25_600, 151_936, False),
+    "small": (256, 12, 8, 1024, 50_000, False), "small, tied": (256, 12, 8, 1024, 50_000, True),
+    "tiny": (32, 2, 2, 48, 512, False),
+}  # fmt: skip
+BATCH, P, T = 32, 1024, 8192  # opsdc.py's defaults
 USES = "parameters|Adam moments|gradients|teacher|gathered weights|KV cache|activations|loss".split("|")
 
 
-def main():
-    print("Peak of one GPU in GB (10^9 bytes), 32 prompts of 1,024 tokens, 8,192-token responses\n")
-    print("| peak while | all |", " | ".join(USES), f"|\n| --- |{' ---: |' * 9}")
-    for name, world in RUNS:
-        for phase, peak in step_memory("simulated", name, world).items():
+def by_use():
+    print("| peak while, GB (10^9 bytes) | all |", " | ".join(USES), "|\n| --- |" + " ---: |" * 9)
+    for name, world in (("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16)):
+        for phase, peak in step_memory("simulated", name, world, BATCH // world, P, T, 2).items():
             figures = [f"{x / 1e9:.1f}" for x in (sum(peak.values()), *(peak.get(use, 0) for use in USES))]
             print(f"| {name}, {world} GPUs, {phase} |", " | ".join(figures), "|", flush=True)
-    print("\n| small model, 2 processes | simulated GB | measured GB | ratio |\n| --- |" + " ---: |" * 3)
-    simulated, measured = (step_memory(how, "small", 2) for how in ("simulated", "measured"))
-    for phase in simulated:
-        a, b = (sum(peaks[phase].values()) / 1e9 for peaks in (simulated, measured))
-        print(f"| {phase} | {a:.3f} | {b:.3f} | {b / a:.3f} |")
+    print("\n| on two processes | simulated GB | measured GB | ratio |\n| --- |" + " ---: |" * 3)
+    for name in ("small", "small, tied"):
+        simulated, measured = (step_memory(how, name, 2, 2, 768, 96, 2) for how in ("simulated", "measured"))
+        for phase in simulated:
+            a, b = (sum(peaks[phase].values()) / 1e9 for peaks in (simulated, measured))
+            print(f"| {name}, {phase} | {a:.3f} | {b:.3f} | {b / a:.3f} |", flush=True)
 
 
-def step_memory(how, name, world, *case):
-    """-> {phase: {use: bytes}}, from a process (or several) of its own. `case` is what lengths() gives, if
-    not that."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    launcher = launcher if how == "measured" and world > 1 else []
-    set_here = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    set_here["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what is freed is given back
-    command = [sys.executable, *launcher, __file__, how, name, *map(str, (world, *case))]
-    done = subprocess.run(command, env=os.environ | set_here, stdout=subprocess.PIPE, text=True, check=True)
+def gpus():
+    """What fits. Shorter responses are tried while a card would hold what does not depend on them."""
+    cards, room = (24, 48, 80, 141), 0.9  # CUDA, NCCL, cuBLAS and fragmentation have the rest of a card
+    print("| model | GPUs | peak GB | state |", " | ".join(f"{card} GB" for card in cards), "|")
+    print("| --- |" + " ---: |" * 7)
+    for name, world in itertools.product(list(SIZES)[:6], (1, 2, 4, 8, 16)):
+        totals, longest = {}, {}
+        for tokens in (T, T // 2, T // 4, T // 8):
+            peaks = step_memory("simulated", name, world, BATCH // world, P, tokens, 1).values()
+            totals[tokens] = max(sum(peak.values()) for peak in peaks) / 1e9
+            state = max(sum(peak.get(use, 0) for use in USES[:5]) for peak in peaks) / 1e9
+            longest = {card: tokens for card in cards if totals[tokens] <= room * card} | longest
+            if all(card in longest or state > room * card for card in cards):
+                break
+        cells = (f"{longest[card]:,}" if card in longest else "no" for card in cards)
+        print(f"| {name} | {world} | {totals[T]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
+
+
+def step_memory(how, *case):
+    """-> {phase: {use: bytes}}, from a process (or several) of its own. A case is a model, the number of
+    processes, prompts of one process, tokens of a prompt, of a response, and the largest micro-batch."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case[1]}"]
+    command = [sys.executable, *(launcher if how == "measured" else []), __file__, how, *map(str, case)]
+    env = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+    env["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what is freed is given back
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# --------------------------------------------------------------------------------------------------- the step
 def make_model(name, dtype):
     """Random weights in host memory; "Qwen3-8B/5" has five layers. If there is a GPU, it draws them."""
     name, _, fewer = name.partition("/")
-    hidden, layers, heads, intermediate, vocabulary = SIZES[name]
+    hidden, layers, heads, intermediate, vocabulary, tied = SIZES[name]
     config = Qwen3Config(
         hidden_size=hidden, num_hidden_layers=int(fewer or layers), num_attention_heads=heads, head_dim=128,
         num_key_value_heads=min(8, heads), intermediate_size=intermediate, vocab_size=vocabulary,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     with opsdc.DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.cpu().eval() if opsdc.CUDA else model.eval()
+    return model.cpu().eval() if opsdc.DEVICE.type == "cuda" else model.eval()
 
 
-def one_step(name, share, P, T, memory, write):
+def one_step(name, share, P, T, largest, memory, write):
     """Load a model, write `share` responses of T tokens to prompts of P, train on two of them, as train()
     does. Yields each phase's name at its end."""
-    memory.use = "parameters"
-    student = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).float()
-    student.activation_checkpointing_enable()  # shard() does on GPUs only
-    memory.use = "teacher"
-    teacher = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).requires_grad_(False)
+    with patch.object(opsdc, "CUDA", True):  # activation checkpointing, as on GPUs
+        memory.use = "parameters"
+        student = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).float()
+        memory.use = "teacher"
+        teacher = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     memory.use = "Adam moments"
     optimizer = torch.optim.AdamW(student.parameters(), foreach=True)  # which it chooses by itself on a GPU
     opsdc.training_state(student, teacher, optimizer)
     memory.restart()
-
     memory.use = "activations"
     prompts = [([1] * (P - i), [1] * P) for i in range(share)]
-    write(student, [x for x, _ in prompts], T)
+    write(opsdc.unsharded(student, opsdc.COMPUTE_DTYPE), [x for x, _ in prompts], T)
     yield "generating"
-    for size in (1, 2):
+    for size in range(1, largest + 1):
         cfg = opsdc.Config(micro_batch_size=size)  # of two micro-batches of one, the second finds gradients
-        opsdc.accumulate_gradient(student, teacher, prompts[:2], [[1] * T] * 2, cfg)
+        opsdc.accumulate_gradient(student, teacher, prompts[:2], [[1] * T] * len(prompts[:2]), cfg)
         yield f"training in micro-batches of {size}"
     memory.use = "Adam moments"  # and square roots of them, all at once
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -107,29 +128,24 @@ def one_step(name, share, P, T, memory, write):
     yield "AdamW's step"
 
 
-def write_responses(student, prompts, T):
+def write_responses(model, prompts, T):
     """T tokens each: without its EOS no response ends early."""
-    ends = {"eos_token_id": [0], "pad_token_id": 0, "suppress_tokens": [0]}
-    opsdc.rollout(student, prompts, GenerationConfig(do_sample=True, top_k=0, max_new_tokens=T, **ends), 0)
+    sampling = opsdc.sampling_settings([0], T)
+    sampling.suppress_tokens = [0]
+    opsdc.rollout(model, prompts, sampling, 0)
 
 
-def write_last_leg(student, prompts, T):
-    """The first and the last forward pass of rollout's last leg, its largest. Its loop depends on data."""
-    student.eval()
-    S, end = max(map(len, prompts)), max(map(len, prompts)) + T
-    while (leg := max(64, S // 8)) < end - S:  # as in rollout
-        S += leg
-    cache = DynamicCache(config=student.config)
-    ids, mask = torch.zeros(len(prompts), S, dtype=torch.long), torch.ones(len(prompts), end - 1)
-    for i, prompt in enumerate(prompts):
-        mask[i, : max(map(len, prompts)) - len(prompt)] = 0  # texts of unequal length, padded on the left
-    with torch.no_grad(), opsdc.gathered(student):
-        for end_of_part in (*range(1024, S, 1024), S):  # as generate() reads, see sampling_settings
-            part = ids[:, cache.get_seq_length() : end_of_part]
-            student(part, attention_mask=mask[:, :end_of_part], past_key_values=cache, logits_to_keep=1)
-        for layer in cache.layers:
-            layer.update(*(x[:, :, :1].expand(-1, -1, end - S - 2, -1) for x in (layer.keys, layer.values)))
-        student(ids[:, :1], attention_mask=mask, past_key_values=cache)
+@torch.no_grad()
+def write_first_and_last(model, prompts, T):
+    """The forward passes of generate() that need most: of the prompts, and of the last token but one. Its
+    loop depends on data, which a simulation has not."""
+    P = len(prompts[0])
+    cache, ids = DynamicCache(config=model.config), torch.zeros(len(prompts), P, dtype=torch.long)
+    mask = torch.ones(len(prompts), P + T - 1, dtype=torch.long)  # of texts padded on the left
+    model(ids, attention_mask=mask[:, :P], past_key_values=cache, logits_to_keep=1)
+    for layer in cache.layers:
+        layer.update(*(x[:, :, :1].expand(-1, -1, T - 2, -1) for x in (layer.keys, layer.values)))
+    model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
 
 def report(phases, memory):
@@ -137,12 +153,11 @@ def report(phases, memory):
     for phase in phases:
         peaks[phase] = dict(memory.peak)
         memory.restart()
-    if torch.distributed.get_rank() == 0:
+    if opsdc.RANK == 0:
         print(json.dumps(peaks), flush=True)
     torch.distributed.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------- simulated
 class Simulated(TorchDispatchMode):
     """Bytes of the tensors alive, and at their peak, by what `use` was when each was made. Those made under
     None do not count."""
@@ -158,7 +173,7 @@ class Simulated(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # comes back as operations on this process's shards
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False  # shard() asks whether a model's logits are wrong, where there is no data
+            return False  # transformers asks whether a mask hides nothing, where there is no data
         result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result) if self.use else []:
             if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in self.known:
@@ -179,22 +194,18 @@ class Simulated(TorchDispatchMode):
 
     def during(self, owner, name, use):
         """Count what the function `name` of `owner` makes as of this use."""
-        function = getattr(owner, name)
+        plain = getattr(owner, name)
 
-        def wrapped(*args, **kwargs):
-            outer, self.use = self.use, use
-            result = function(*args, **kwargs)
-            self.use = outer
-            return result
+        def function(*args, **kwargs):
+            with patch.object(self, "use", use):
+                return plain(*args, **kwargs)
 
-        setattr(owner, name, wrapped)
+        setattr(owner, name, function)
 
 
 def simulate(name, world, *case):
-    """one_step() on tensors that have a shape and no data, made to do what it would on a GPU."""
-    # Much of this is no public interface.
+    """one_step() on tensors without data, made to do what it would on a GPU. Much of it is no public API."""
     from torch._subclasses import FakeTensorMode
-    from torch.distributed.fsdp._fully_shard import _fsdp_init
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -204,67 +215,56 @@ def simulate(name, world, *case):
     memory = Simulated()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = opsdc.init_device_mesh("cpu", (world,))
-    opsdc.init_device_mesh = lambda *_: mesh  # made before: it and the next function read data
+    opsdc.init_device_mesh = lambda *_, **__: mesh  # made before: it and the next two functions read data
+    opsdc.misreading = lambda *_, **__: ""
     masking_utils.find_packed_sequence_indices = lambda positions: None  # several texts in a row: here never
-    if name.partition("/")[0] != "small":  # it is compared with processes on a CPU
-        opsdc.COMPUTE_DTYPE, opsdc.CHUNK_LOGITS = torch.bfloat16, 2**26
-
-    def to_gpu(parameters, *_):  # whole, to be cut there
-        for p in parameters:
-            p.data = p.data.clone()
+    if not name.startswith("small"):  # these are compared with processes on a CPU
+        opsdc.COMPUTE_DTYPE, opsdc.CHUNK_LOGITS = torch.bfloat16, 2**25  # as opsdc.py's on a GPU
 
     def resize(storage, size, plain=torch.UntypedStorage.resize_):  # how FSDP takes and frees
         plain(storage, size)
         if id(storage) in memory.known:
             memory.resize(id(storage), size)
 
-    _fsdp_init._move_states_to_device = to_gpu
     torch.UntypedStorage.resize_ = resize
-    memory.during(AutoModelForCausalLM, "from_config", None)  # in host memory
+    memory.during(AutoModelForCausalLM, "from_config", None)  # in host memory, or without any
     memory.during(ShardingPropagator, "_propagate_tensor_meta_non_cached", None)  # shapes of whole weights
+    memory.during(opsdc, "unsharded", "gathered weights")
     memory.during(FSDPParamGroup, "unshard", "gathered weights")
     memory.during(FSDPParamGroup, "wait_for_unshard", "gathered weights")
     memory.during(FSDPParamGroup, "post_backward", "gradients")
     memory.during(DynamicLayer, "update", "KV cache")
     memory.during(opsdc, "loss_and_gradient", "loss")
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        report(one_step(name, *(case or lengths(name, world)), memory, write_last_leg), memory)
+        report(one_step(name, *case, memory, write_first_and_last), memory)
 
 
-# --------------------------------------------------------------------------------------------------- measured
 class Measured:
     """Bytes by which the process's resident memory exceeds, at its peak, what it was at first."""
 
     def __init__(self):
-        self.first = self.resident("VmRSS")
-
-    def resident(self, line):
-        return 1024 * int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+        self.first = 0
+        self.restart()
+        self.first = self.peak["resident"]
 
     def restart(self):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
 
     @property
     def peak(self):
-        return {"resident": self.resident("VmHWM") - self.first}
+        status = Path("/proc/self/status").read_text()
+        return {"resident": 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) - self.first}
 
 
 def measure(name, world, *case):
     opsdc.start_processes()
-    for _ in one_step("tiny", 2, 5, 3, Measured(), write_responses):  # libraries take what they keep
+    for _ in one_step("tiny", 2, 5, 3, 2, Measured(), write_responses):  # libraries take what they keep
         pass
     memory = Measured()
-    report(one_step(name, *(case or lengths(name, world)), memory, write_responses), memory)
-
-
-def lengths(name, world):
-    """Prompts of one process, tokens of a prompt, tokens of a response."""
-    return (2, 768, 96) if name == "small" else (32 // world, 1024, 8192)
+    report(one_step(name, *case, memory, write_responses), memory)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        how, name, *numbers = sys.argv[1:]
-        {"simulated": simulate, "measured": measure}[how](name, *map(int, numbers))
-    else:
-        main()
+    what, *case = sys.argv[1:] or ["by_use"]
+    function = {"by_use": by_use, "gpus": gpus, "simulated": simulate, "measured": measure}[what]
+    function(*case[:1], *map(int, case[1:]))
