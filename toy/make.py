@@ -69,12 +69,12 @@ def draw(rng, level, test):
 
 
 def write_problems(rng):
-    """train.jsonl holds prompts and nothing else: the method needs no answers."""
+    """The answers in train.jsonl are for variants in forks/: the method needs none."""
     train, test = {}, {}
     while len(train) < TRAIN_ROWS:
-        expression, _ = draw(rng, rng.choice(LEVELS), test=False)
-        question = rng.choice(WORDINGS).format(expression)
-        train[question] = {"prompt": [{"role": "user", "content": question}]}
+        expression, steps = draw(rng, rng.choice(LEVELS), test=False)
+        question, answer = rng.choice(WORDINGS).format(expression), steps[-1].split(" = ")[1]
+        train[question] = {"prompt": [{"role": "user", "content": question}], "answer": answer}
     for level in LEVELS:
         while len(test) < TEST_ROWS_PER_LEVEL * level:
             expression, steps = draw(rng, level, test=True)
