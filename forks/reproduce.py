@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT, RUNS = HERE.parent, HERE.parent / "runs" / "forks"
 TOY = "--data toy/train.jsonl --max_response_tokens 320 --micro_batch_size 4"
 EVAL = "eval.py --data toy/test.jsonl --n 4 --max_response_tokens 384 --batch_size 800"
-SAMPLINGS = {"t1": "--temperature 1 --top_p 1 --top_k 0", "paper": ""}  # as in training; as the paper evaluates
+SAMPLINGS = {"t1": "--temperature 1 --top_p 1 --top_k 0", "paper": ""}  # as in training; as in the paper
 STEPS = (25, 50, 75, 100)
 LR = "--lr 1e-4"
 VARIANTS = {  # name of the patch: (idea, flags of its runs: the best first, then its seeds; what it teaches)
@@ -123,7 +123,8 @@ def tables():
         for flags, run in runs(name):
             points = [*((step, "t1") for step in STEPS), (100, "paper")]
             found = [x[0] if (x := results([run], *point)) else None for point in points]
-            cells = [f"{x['response_tokens']:.1f} / {100 * x['accuracy_dual']:.1f}" if x else "" for x in found]
+            pairs = [(x["response_tokens"], 100 * x["accuracy_dual"]) if x else () for x in found]
+            cells = [" / ".join(f"{figure:.1f}" for figure in pair) for pair in pairs]
             if any(found):
                 every.append([name, f"`{flags}`" if flags else "", *cells, f"{entropy(run) or 0:.3f}"])
     write("README.md", main)

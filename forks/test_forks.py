@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,17 +34,14 @@ def fork(request, tmp_path):
     spec.loader.exec_module(module)
 
     def run(*flags, steps=2):
-        flags += ("--model", TOY, "--data", TOY / "train.jsonl", "--batch_size", 4, "--max_response_tokens", 160)
-        flags += ("--out", module.out, "--steps", steps, "--log_rollouts", 4, "--resume")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        flags += ("--model", TOY, "--data", TOY / "train.jsonl", "--out", module.out, "--resume")
+        flags += ("--steps", steps, "--batch_size", 4, "--max_response_tokens", 160, "--log_rollouts", 4)
         module.train(module.parse_args(module.Config, "", list(map(str, flags))))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         metrics, rollouts = (list(map(json.loads, (module.out / log).open())) for log in module.LOGS)
         assert [x["step"] for x in metrics] == [*range(1, steps + 1)] and all(x["grad_norm"] for x in metrics)
         return rollouts
 
-    module.run, module.out = run, tmp_path / "out"
+    module.run, module.out, module.note_signals = run, tmp_path / "out", list  # pytest's handlers stay
     return module
 
 
@@ -55,8 +51,8 @@ def toy():
 
 def checkpoint(out, role):
     """The parameters of a role in the last checkpoint."""
-    tensors = {k: x for file in out.glob("checkpoint/step_*/*.safetensors") for k, x in load_file(file).items()}
-    return {name.removeprefix(role): x for name, x in tensors.items() if name.startswith(role)}
+    files = out.glob("checkpoint/step_*/*.safetensors")
+    return {k.removeprefix(role): x for f in files for k, x in load_file(f).items() if k.startswith(role)}
 
 
 def log_probs(model, prompt, response):
@@ -100,7 +96,7 @@ def test_other_teacher(fork, tmp_path):
         log_q, log_p = log_probs(toy(), x, y), log_probs(other, xc, y)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)
         torch.testing.assert_close(torch.tensor(rollout["token_kl"]), kl, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(x, other.get_parameter(name)) for name, x in checkpoint(fork.out, "teacher.").items())
+    assert all(torch.equal(x, other.get_parameter(k)) for k, x in checkpoint(fork.out, "teacher.").items())
     words.add_tokens(["hello"])
     words.save_pretrained(tmp_path / "other")
     fork.out = tmp_path / "new"
@@ -109,12 +105,15 @@ def test_other_teacher(fork, tmp_path):
 
 
 def test_off_policy(fork):
-    rollouts = fork.run()[:4]  # the first step's
+    rollouts = fork.run("--lr", 1e-2, "--refresh_every", 0)  # the student changes, the teacher does not
     sampling = fork.sampling_settings(fork.inspect_model(TOY)[1], 160)
-    written = fork.rollout(toy(), [x["teacher_prompt_ids"] for x in rollouts], sampling, (0, 1, 0))
-    for rollout, y in zip(rollouts, written):
-        assert rollout["response_ids"] == y
-        loss = cross_entropy(log_probs(toy(), rollout["student_prompt_ids"], y), torch.tensor(y), reduction="none")
+    for step, group in (1, rollouts[:4]), (2, rollouts[4:]):
+        written = fork.rollout(toy(), [x["teacher_prompt_ids"] for x in group], sampling, (0, step, 0))
+        assert written == [x["response_ids"] for x in group]
+    for rollout in rollouts[:4]:
+        y = rollout["response_ids"]
+        log_q = log_probs(toy(), rollout["student_prompt_ids"], y)
+        loss = cross_entropy(log_q, torch.tensor(y), reduction="none")
         torch.testing.assert_close(torch.tensor(rollout["token_kl"]), loss, rtol=1e-3, atol=1e-4)
 
 
@@ -123,7 +122,7 @@ def test_length_penalty(fork, monkeypatch):
     fork.run()
     words = AutoTokenizer.from_pretrained(TOY)
     prompts = [fork.prompt_ids(words, fork.student_messages(row)) for row in ROWS[:3]]
-    texts = f"</think>\n\nAnswer: {ROWS[0]['answer']}<|im_end|>", "</think>\n\nAnswer: 99<|im_end|>", "<think>\nYes"
+    texts = f"Answer: {ROWS[0]['answer']}<|im_end|>", "</think>\n\nAnswer: 99<|im_end|>", "<think>\nYes"
     responses = [words(text)["input_ids"] for text in texts]
     assert [fork.RIGHT[tuple(x)](y) for x, y in zip(prompts, responses)] == [True, False, False]
     reward = torch.tensor([1.0, 0, 0]) - torch.tensor([len(y) / 20 for y in responses])
