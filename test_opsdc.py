@@ -52,7 +52,8 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 @pytest.fixture(autouse=True, scope="module")
 def process_group(request):
-    if any("launched" in test.fixturenames for test in request.session.items):
+    ours = [test for test in request.session.items if test.module is request.module]
+    if any("launched" in test.fixturenames for test in ours):
         request.getfixturevalue("launched")  # early, to go on beside the other tests
     opsdc.start_processes()
     yield
