@@ -17,6 +17,7 @@ paper gives none. A stopped run continues where it was, given the same command.
 """
 
 import atexit
+import gc
 import itertools
 import json
 import logging
@@ -156,7 +157,7 @@ def equivalent_within_time(gold, text):
     signal reaches it, so it runs in a process that can be killed."""
     global pool
     if pool is None:
-        pool = multiprocessing.get_context("fork").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
         atexit.register(pool.terminate)
     answer = pool.apply_async(equivalent, (gold, text))
     answer.wait(GRADING_SECONDS)
@@ -165,6 +166,11 @@ def equivalent_within_time(gold, text):
     pool.terminate()
     pool = None
     return False
+
+
+def begin_grading():
+    gc.freeze()  # garbage of the process it comes from, GPU tensors among it, is not this one's to collect
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def equivalent(gold, text):
