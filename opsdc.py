@@ -18,8 +18,7 @@ its Algorithm 1; each tag stands once more beside the code that does it:
     [9]      AdamW step on the mean of L_i over the batch
 
 The method needs no answers, rewards, advantages, importance ratios, length budget or filter on rollouts:
-right or wrong, finished or cut off at the cap, all are trained on. To stay readable, this file leaves out
-other inference engines, LoRA and learning-rate schedules.
+right or wrong, finished or cut off at the cap, all are trained on.
 
     OMP_NUM_THREADS=1 python opsdc.py --model toy --data toy/train.jsonl --out runs/toy --lr 1e-4 \
         --max_response_tokens 320 --micro_batch_size 4
@@ -61,7 +60,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -69,7 +68,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
-from transformers.utils import chat_template_utils
 
 RANK, WORLD, LOCAL_RANK = (  # set by torchrun; what is no number becomes -1 and is refused in parse_args
     int(os.environ.get(name, default)) if os.environ.get(name, default).isdigit() else -1
@@ -86,15 +84,10 @@ class Config:
 
     # the paper's settings
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder (paper: Qwen3-8B, Qwen3-14B)")
-    data: str = HfArg(
-        default="YouJiacheng/DAPO-Math-17k-dedup",
-        help="hub name, file or saved dataset with prompt, problem or question (paper: DAPO, deduplicated)",
-    )
+    data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="hub name, file or saved dataset")
     split: str = HfArg(default="train", help="split of --data, where it has splits")
     instruction: str = HfArg(default="v1", help="c: v1, v2 (paper's prompts) or any text")
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
-        default="reverse_kl", help="paper: reverse_kl, Eq. 1; the others are its ablations"
-    )
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(default="reverse_kl", help="paper: Eq. 1")
     refresh_every: int = HfArg(default=50, help="M, steps between teacher refreshes; 0: never (paper: 50)")
     steps: int = HfArg(default=100, help="optimizer steps (paper: results at step 99 to 100)")
     batch_size: int = HfArg(default=32, help="B, prompts per step over all processes (paper: 32)")
@@ -196,9 +189,8 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
     gradient is taken on the spot: nothing is kept and no matmul is done twice. All of it is fp32, since
     logits rounded to bf16 would hide the small differences that late training is about.
     """
-    hidden, head, teacher_hidden, teacher_head = (
-        x.float() for x in (student_hidden, student_head, teacher_hidden, teacher_head)
-    )
+    hidden, head = student_hidden.float(), student_head.float()
+    teacher_hidden, teacher_head = teacher_hidden.float(), teacher_head.float()
     losses, entropies = torch.empty_like(weight), torch.empty_like(weight)
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     step = max(1, CHUNK_LOGITS // len(head))  # tokens
@@ -214,8 +206,7 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
         grad_hidden[chunk] = grad @ head
         grad_head.addmm_(grad.T, hidden[chunk])  # adds in place: no second [V, H]
         del logits, log_p, log_q, loss, grad  # before the next chunk's are made
-    gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
-    return losses, entropies, *gradients
+    return losses, entropies, grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
 
 
 def response_states(model, prompts, responses):
@@ -225,8 +216,7 @@ def response_states(model, prompts, responses):
     two roles' prompts differ in length: positions are picked per sequence. Token t of a response is predicted
     from the position before it.
     """
-    sequences = [torch.tensor(x + y) for x, y in zip(prompts, responses)]
-    ids = pad_sequence(sequences, batch_first=True)  # [B, S]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in zip(prompts, responses)], batch_first=True)  # [B, S]
     hidden = model.hidden_states(ids.to(DEVICE))  # [B, S, H]
     picked = [h[len(x) - 1 : len(x) + len(y) - 1] for h, x, y in zip(hidden, prompts, responses)]
     return torch.cat(picked), model.get_output_embeddings().weight
@@ -244,17 +234,17 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
         rows = by_length[at : at + cfg.micro_batch_size]
         x, xc = zip(*(batch[i] for i in rows))
         y = [responses[i] for i in rows]
+        T = [len(t) for t in y]
         hidden, head = response_states(student, x, y)  # [5]
         with torch.no_grad():
             teacher_hidden, teacher_head = response_states(teacher, xc, y)  # [6]
-            weight = torch.cat([torch.full((len(t),), 1 / (len(t) * len(batch))) for t in y])  # [8]
-            loss, entropy, grad_hidden, head.grad = loss_and_gradient(
-                hidden, head, teacher_hidden, teacher_head, weight.to(DEVICE), cfg
-            )
+        weight = torch.cat([torch.full((t,), 1 / (t * len(batch)), device=DEVICE) for t in T])  # [8]
+        loss, entropy, grad_hidden, head.grad = loss_and_gradient(
+            hidden, head, teacher_hidden, teacher_head, weight, cfg
+        )
         teacher.reshard()  # FSDP leaves this to a backward pass, which the teacher never has
         hidden.backward(grad_hidden)  # through the student; FSDP reduces head.grad with the rest
-        lengths = [len(t) for t in y]
-        scores |= zip(rows, zip(loss.split(lengths), entropy.split(lengths)))
+        scores |= zip(rows, zip(loss.split(T), entropy.split(T)))
     return zip(*(scores[i] for i in range(len(batch))))
 
 
@@ -287,7 +277,6 @@ def train(cfg):
     settings = asdict(cfg) | {"model_files": version, "prompts": digest(prompts)}
     lock = open_run(cfg.out, settings, RESUME_MAY_CHANGE, cfg.resume)  # noqa: F841, held to the end
     start_processes()
-
     student = shard(load_model(cfg.model, "auto")).float()  # bf16 is too coarse for steps of 1e-6
     teacher = shard(load_model(cfg.model, COMPUTE_DTYPE)).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())  # [1]
@@ -295,8 +284,7 @@ def train(cfg):
     state = training_state(student, teacher, optimizer)
     done = load_checkpoint(cfg, state)
     sampling = sampling_settings(stop_tokens, cfg.max_response_tokens, cfg.temperature)
-    due = lambda step: step > 0 and (step % cfg.save_every == 0 or step == cfg.steps)  # noqa: E731
-    if due(done):
+    if done:
         export(cfg, done, student, tokenizer)  # a kill may have come between checkpoint and export
     signals, bad_steps, began = note_signals(), 0, time.time()
 
@@ -306,11 +294,12 @@ def train(cfg):
         if refreshed:
             teacher.load_state_dict(student.state_dict())  # [2]
         batch = draw_batch(prompts, step, cfg)  # [3]
-        x, seed = [x for x, _ in batch], (cfg.seed, step, RANK)
-        responses = rollout(unsharded(student, COMPUTE_DTYPE), x, sampling, seed)  # [4]
+        x = [x for x, _ in batch]
+        responses = rollout(unsharded(student, COMPUTE_DTYPE), x, sampling, (cfg.seed, step, RANK))  # [4]
         dist.barrier()  # the longest rollout of all
         torch.cuda.empty_cache()  # training would not find what generating keeps
         generated = time.time()
+
         loss, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).full_tensor().item()
         skipped = not math.isfinite(grad_norm)  # the same on every process
@@ -318,19 +307,17 @@ def train(cfg):
             optimizer.step()  # [9]
         optimizer.zero_grad()
 
-        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped}
-        figures |= {"seconds": time.time() - start, "seconds_rollout": generated - start}
-        figures["seconds_train"] = figures["seconds"] - figures["seconds_rollout"]
-        left = (time.time() - began) / (step - done) * (cfg.steps - step)
+        now = time.time()
+        left = (now - began) / (step - done) * (cfg.steps - step)
+        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped, "seconds": now - start}
+        figures |= {"seconds_rollout": generated - start, "seconds_train": now - generated}
         log_step(cfg, step, tokenizer, stop_tokens, zip(batch, responses, loss, entropy), figures, left)
         bad_steps = bad_steps + 1 if skipped else 0
         if bad_steps == 3:
             fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr and choose another --out", 1)
-        stop = torch.tensor(len(signals), device=DEVICE)
-        dist.all_reduce(stop)  # a process that is told to stop stops all
-        if due(step) or stop:
+        dist.all_reduce(stop := torch.tensor(len(signals), device=DEVICE))  # told to one, told to all
+        if step % cfg.save_every == 0 or step == cfg.steps or stop:
             save_checkpoint(cfg, step, state)
-        if due(step):
             export(cfg, step, student, tokenizer)
         if stop:
             say(f"told to stop, and did so after step {step}. {CONTINUE}")
@@ -340,6 +327,7 @@ def train(cfg):
 
 # --------------------------------------------------------------- plumbing: skip what follows on first reading
 # ----------------------------------------------------------------------------------------- processes, devices
+OUT_OF_MEMORY = "out of memory|ALLOC_FAILED"  # torch has a type for it; NCCL, cuBLAS and the driver say so
 CONTINUE = "The same command with --resume continues after the last checkpoint."
 
 
@@ -396,11 +384,6 @@ def first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def out_of_memory(error):
-    """Torch's allocator has a type for this. NCCL, cuBLAS, cuDNN and the driver only say so."""
-    return re.search("out of memory|ALLOC_FAILED", str(error))
-
-
 # ----------------------------------------------------------------------------------------------------- models
 COPIED_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "generation_config.json")
 
@@ -409,30 +392,28 @@ def inspect_model(name):
     """-> tokenizer, stop tokens, context length, digest of the model's files, or of its commit on the hub.
     What can be wrong with --model shows here, before its weights load."""
     folder, local = Path(name), Path(name).is_dir()
-    lacking = [what for what in ("config.json", "*.safetensors") if not any(folder.glob(what))]
-    if local and lacking:
-        fail(f"--model {name}: the folder has no {' and no '.join(lacking)}")
     try:
         if not local:
             folder = Path(snapshot_download(name, allow_patterns=("config.json", *COPIED_FILES)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        habits = GenerationConfig.from_model_config(config)
         if (folder / "generation_config.json").exists():
-            habits = GenerationConfig.from_pretrained(folder)
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            ends = GenerationConfig.from_model_config(config).eos_token_id
+        # Fine-tunes may end a turn with a token of the tokenizer's that the model's list does not have.
+        stop_tokens = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         text_config = config.get_text_config()
         context = int(getattr(text_config, "max_position_embeddings", None) or 2**62)
-        # Fine-tunes may end a turn with a token of the tokenizer's that the model's list does not have.
-        stop_tokens = habits.eos_token_id if isinstance(habits.eos_token_id, list) else [habits.eos_token_id]
-        stop_tokens = sorted({*stop_tokens, tokenizer.eos_token_id} - {None})
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         hint = "" if local else " (is the hub within reach? a local folder needs none)"
         fail(f"--model {name}: {first_line(error)}{hint}")
     spelled = text_config.to_json_string()
     if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
         context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
-    words = text_config.vocab_size
+    words, files = text_config.vocab_size, sorted(folder.glob("*.safetensors")) if local else []
     for wrong, what in (
+        (local and not files, "the folder has no *.safetensors"),
         (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
         (not tokenizer("a")["input_ids"], "its tokenizer knows no words: are its files there?"),
         (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
@@ -441,8 +422,7 @@ def inspect_model(name):
     ):
         if wrong:
             fail(f"--model {name}: {what}")
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if local else []
-    contents = [hashlib.sha256(numpy.memmap(file, mode="r")).digest() for file in files]
+    contents = [hashlib.sha256(numpy.memmap(x, mode="r")).digest() for x in (folder / "config.json", *files)]
     return tokenizer, stop_tokens, context, digest([*contents, stop_tokens, folder.name * (not local)])
 
 
@@ -500,10 +480,10 @@ def misreading(model, part=None, scored=False):
     to the logits of one plain pass, which is what training sees."""
     text = torch.arange(3, 11, device=model.device)[None]
     padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (text, torch.ones_like(text)))
-    two = {"max_new_tokens": 2, "min_new_tokens": 2, "pad_token_id": 0, "do_sample": False}
-    told = {"output_logits": True, "return_dict_in_generate": True, "prefill_chunk_size": part}
+    two = GenerationConfig(max_new_tokens=2, min_new_tokens=2, pad_token_id=0, prefill_chunk_size=part)
+    told = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
     try:
-        read = model.generate(padded, attention_mask=mask, generation_config=GenerationConfig(**two, **told))
+        read = model.generate(padded, generation_config=two, do_sample=False, **told)
     except (RuntimeError, ValueError, AttributeError) as error:
         return f"generate() fails: {first_line(error)}"
     text = read.sequences[:, 3:-1]
@@ -537,7 +517,7 @@ def unsharded(model, dtype):
 
 # ------------------------------------------------------------------------------------------------------- data
 DATE = datetime(2026, 1, 1)  # what chat templates print for today: the same prompts every day
-chat_template_utils.datetime = SimpleNamespace(now=lambda: DATE)
+transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: DATE)
 REFUSALS = TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
@@ -556,16 +536,16 @@ def load_prompts(cfg, tokenizer, context):
             prompts.append((x, xc))
     except ValueError as error:
         fail(f"--data {cfg.data}{place}: {error}")
-    prompts = [pair for pair in prompts if max(map(len, pair)) <= cfg.max_prompt_tokens]
-    if not prompts:
+    fitting = [pair for pair in prompts if max(map(len, pair)) <= cfg.max_prompt_tokens]
+    if not fitting:
         fail(f"--data {cfg.data}: no prompt of {len(rows)} fits --max_prompt_tokens {cfg.max_prompt_tokens}")
-    longest = max(len(ids) for pair in prompts for ids in pair)
+    longest = max(len(ids) for pair in fitting for ids in pair)
     if longest + cfg.max_response_tokens > context:
         most = f"the context of {context} leaves {context - longest} after a prompt of {longest} tokens"
         fail(f"--max_response_tokens is {cfg.max_response_tokens}, but {most}")
-    skipped = len(rows) - len(prompts)
-    say(f"{len(prompts)} prompts from {cfg.data}, {skipped} skipped as over {cfg.max_prompt_tokens} tokens")
-    return prompts
+    skipped = f"{len(rows) - len(fitting)} skipped as over {cfg.max_prompt_tokens} tokens"
+    say(f"{len(fitting)} prompts from {cfg.data}, {skipped}")
+    return fitting
 
 
 def prompt_ids(tokenizer, messages):
@@ -584,13 +564,11 @@ def prompt_ids(tokenizer, messages):
 
 
 def option_texts(row):
-    """The `choices` or `options` of a row: 2 to 26 texts, or a dict with these as `text`. Empty where it has
-    none; raises ValueError for anything else."""
-    options = row.get("options") if row.get("choices") is None else row["choices"]
-    if options is None:
-        return []
+    """The `choices` or `options` of a row, 2 to 26 texts or a dict with them as `text` -> the texts."""
+    options = row.get("choices") or row.get("options") or []
     texts = options.get("text") if isinstance(options, dict) else options
-    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(x, str) for x in texts):
+    fits = isinstance(texts, list) and 1 < len(texts) < 27 and all(isinstance(text, str) for text in texts)
+    if options and not fits:
         raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
     return texts
 
@@ -614,8 +592,7 @@ def load_rows(data, split=None, configuration=None):
                 raise ValueError("a row has too many fields, or chat messages in one: use .jsonl")
         elif kind in (".json", ".jsonl"):
             text = path.read_text(encoding="utf-8-sig").strip()
-            if not text.startswith("["):  # an object a line
-                text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+            text = text if text.startswith("[") else "[" + re.sub(r"\s*\n\s*", ",\n", text) + "]"
             rows = json.loads(text, parse_float=str, parse_constant=lambda _: None)
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("its rows must be objects with named columns")
@@ -625,11 +602,11 @@ def load_rows(data, split=None, configuration=None):
             rows = {split or "test": datasets.load_dataset(data, configuration, split=split or "test")}
     except (OSError, ValueError, csv.Error, datasets.exceptions.DatasetsError) as error:
         raise ValueError(first_line(error.__cause__ or error)) from error
-    rows = rows if isinstance(rows, dict) else {"train": rows}
-    split = split or ("test" if len(rows) > 1 else next(iter(rows)))
-    if not len(rows.get(split, ())):
-        raise ValueError(f"there are no rows in split {split} (splits: {', '.join(rows)})")
-    return rows[split]
+    splits = rows if isinstance(rows, dict) else {"train": rows}
+    split = split or ("test" if len(splits) > 1 else next(iter(splits)))
+    if not len(splits.get(split, ())):
+        raise ValueError(f"there are no rows in split {split} (splits: {', '.join(splits)})")
+    return splits[split]
 
 
 def draw_batch(prompts, step, cfg):
@@ -720,7 +697,7 @@ def export(cfg, step, student, tokenizer):
     """step_N/: the student as an ordinary Hugging Face folder in bf16, written by one process. All but the
     weights is copied as it came, since transformers 4 reads some of what 5 writes wrongly or not at all."""
     path = Path(cfg.out, f"step_{step}")
-    if path.exists():  # before a stop
+    if path.exists():
         return
     model = unsharded(student, torch.bfloat16)
     if RANK == 0:
@@ -870,7 +847,7 @@ def main():
     try:
         train(cfg)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not re.search(OUT_OF_MEMORY, str(error)):
             raise
         advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)

@@ -414,7 +414,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--data", f"{TOY}/test.jsonl,"), "names a data set twice, or none"),
     (("--data", f"{TOY}/test.jsonl:nosuch"), "there are no rows in split nosuch (splits: train)"),
     (("--data", HERE / "smollm2" / "train.jsonl"), "row 1: has no answer (found: prompt, topic)"),
-    (("--model", HERE / ".ci"), "the folder has no config.json and no *.safetensors"),
+    (("--model", HERE / ".ci"), "Unrecognized model"),
     (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
     (("--baseline", "LIST"), "is not a results.json of eval.py"),
     (("--baseline", "OTHER"), "was measured on other problems of "),

@@ -58,6 +58,7 @@ TRAINED = {  # name: (row of the tables, flags besides TRAINING)
     "frozen": ("teacher never refreshed", "--refresh_every 0"),
     "forward-kl": ("forward KL", "--divergence forward_kl"),
     "signal": ("", "--batch_size 192 --log_rollouts 192"),  # one step: what the base model is told, no more
+    "signal-after": ("", "--batch_size 192 --log_rollouts 192"),  # what the trained model is told
 }
 ASKED = {f"asked{i}": instruction for i, instruction in enumerate(WORDINGS)}  # put to the base model
 TITLES = {"base": "base model", "asked0": "base model, asked"}  # rows of the main result
@@ -112,13 +113,13 @@ def contains(text, answers):
     return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in answers)
 
 
-def train(args, name):
+def train(args, name, model="base"):
     """A run of opsdc.py -> its last step."""
-    steps = 1 if name == "signal" else 8 if args.quick else 16
+    steps = 1 if "signal" in name else 8 if args.quick else 16
     line = shlex.split(f"opsdc.py {TRAINING} {TRAINED[name][1]} --steps {steps}")
-    if name == "signal" and args.quick:
+    if "signal" in name and args.quick:
         line += ["--batch_size", "48"]
-    files = ["--model", args.out / "base", "--data", HERE / "train.jsonl", "--out", args.out / name]
+    files = ["--model", args.out / model, "--data", HERE / "train.jsonl", "--out", args.out / name]
     if not (args.out / name / f"step_{steps}").exists():
         with open(args.out / f"train-{name}.log", "w") as log:
             command = [sys.executable, *line, *map(str, files)]
@@ -133,12 +134,14 @@ def job(args, name):
     began, out = time.time(), args.out
     if name in TRAINED:
         folder = out / name / f"step_{train(args, name)}"
-        hows = () if name == "signal" else SAMPLINGS
+        hows = () if "signal" in name else SAMPLINGS
     else:
         folder = out / "base"
         hows = SAMPLINGS if name in TITLES else ["greedy"]
     for how in ["greedy"] if args.quick and hows else hows:
         sample(args, name, how, folder, ASKED.get(name, ""))
+    if name == "opsdc":
+        train(args, "signal-after", folder)
     if name == "opsdc" and not args.quick:
         sample(args, "half", "greedy", out / name / "step_8")
     print(f"{name}: {time.time() - began:.0f} s", flush=True)
@@ -372,7 +375,7 @@ def main():
     args.out = out = args.out.resolve() / "quick" if args.quick else args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     take_model(out / "base")
-    names = [*TRAINED, "base", *ASKED]  # the longest first
+    names = [name for name in [*TRAINED, "base", *ASKED] if name != "signal-after"]  # the longest first
     if args.quick:
         names = ["opsdc", "base", "signal", "asked0"]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:

@@ -28,13 +28,19 @@ from make import HERE, INSTRUCTED, OPENINGS, RECHECKS
 from transformers import AutoTokenizer
 
 TARGET = INSTRUCTED["target"][0]
-TOY = "--model toy --data toy/train.jsonl --lr 1e-4 --max_response_tokens 320 --micro_batch_size 4"
+TOY = "--data toy/train.jsonl --lr 1e-4 --max_response_tokens 320 --micro_batch_size 4"
+SWEEP = "--steps 300 --log_rollouts 32"
 TRAINED = {  # name: (row of the table, flags besides TOY's)
-    "main": ("OPSDC: reverse KL, M = 50, 100 steps", "--steps 300 --save_every 25"),
-    "seed1": ("OPSDC, seed 1", "--seed 1"),
-    "seed2": ("OPSDC, seed 2", "--seed 2"),
+    "main": ("OPSDC: reverse KL, M = 50, 100 steps", SWEEP),
+    "seed1": ("OPSDC, seed 1", f"{SWEEP} --seed 1"),
+    "seed2": ("OPSDC, seed 2", f"{SWEEP} --seed 2"),
+    "m25": ("M = 25", f"{SWEEP} --refresh_every 25"),
+    "m25-seed1": ("", f"{SWEEP} --refresh_every 25 --seed 1"),
+    "m25-seed2": ("", f"{SWEEP} --refresh_every 25 --seed 2"),
+    "m100": ("M = 100", f"{SWEEP} --refresh_every 100"),
+    "m100-seed1": ("", f"{SWEEP} --refresh_every 100 --seed 1"),
+    "m100-seed2": ("", f"{SWEEP} --refresh_every 100 --seed 2"),
     "frozen": ("teacher never refreshed", "--refresh_every 0"),
-    "m25": ("M = 25", "--refresh_every 25"),
     "m10": ("M = 10", "--refresh_every 10"),
     "m1": ("M = 1", "--refresh_every 1"),
     "lr3e-4": ("three times the learning rate", "--lr 3e-4"),
@@ -45,7 +51,6 @@ TRAINED = {  # name: (row of the table, flags besides TOY's)
     "v2": ("instruction v2", "--instruction v2"),
     "target": ("instruction: 50 % fewer tokens", shlex.join(["--instruction", TARGET])),
     "capped": ("rollouts capped at 64 tokens", "--max_response_tokens 64"),
-    "signal": ("", "--steps 1 --batch_size 256 --log_rollouts 256"),  # what the base model is told, no more
 }
 ASKED = {  # name: (row of the table, instruction put to the base model)
     "base": ("base model", ""),
@@ -86,7 +91,7 @@ nats per token, on the student's own rollouts.
 
 {}
 """
-CURVE = range(25, 301, 25)  # steps at which the main run is evaluated
+CURVE = range(50, 301, 50)  # steps at which the longer runs are evaluated
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 # glibc is to keep what is freed: else giving back and clearing memory is nearly half of an evaluation
 ONE_CORE |= {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
@@ -115,21 +120,32 @@ def evaluate(out, name, model, instruction="", n=8):
             command(out, folder.name, f"{line} --out {shlex.quote(str(folder))}")
 
 
+def train(out, name, flags, steps):
+    if not (out / name / f"step_{steps}").exists():
+        command(out, f"train-{name}", f"opsdc.py {flags} --resume --out {shlex.quote(str(out / name))}")
+
+
+def first_step(out, name, model):
+    """A step that leads nowhere: what a model is told by a teacher with its own weights."""
+    model = shlex.quote(str(model))
+    train(out, name, f"{TOY} --model {model} --steps 1 --batch_size 256 --log_rollouts 256", 1)
+
+
 def one(out, name):
     """All of a variant: its training and its evaluations."""
     began = time.time()
     if name in ASKED:
         evaluate(out, name, "toy", ASKED[name][1])
+        if name == "base":
+            first_step(out, "signal", "toy")
     else:
         _, flags = TRAINED[name]
         steps = int(flags.split("--steps ")[1].split()[0]) if "--steps" in flags else 100
-        if not (out / name / f"step_{steps}").exists():
-            line = f"opsdc.py {TOY} {flags} --resume --out {shlex.quote(str(out / name))}"
-            command(out, f"train-{name}", line)
-        for step in {min(steps, 100), steps} if name != "signal" else ():
-            evaluate(out, f"{name}-{step}", out / name / f"step_{step}")
-        for step in set(CURVE) - {100, 300} if name == "main" else ():
-            evaluate(out, f"{name}-{step}", out / name / f"step_{step}", n=4)
+        train(out, name, f"{TOY} --model toy {flags}", steps)
+        for step in CURVE if steps > 100 else [100]:
+            evaluate(out, f"{name}-{step}", out / name / f"step_{step}", n=8 if step == 100 else 4)
+            if name == "main":
+                first_step(out, f"signal-{step}", out / name / f"step_{step}")
     sys.stdout.write(f"{name}: {time.time() - began:.0f} s\n")
 
 
