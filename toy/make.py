@@ -68,7 +68,7 @@ def draw(rng, level, test):
             return expression, steps
 
 
-def write_problems(rng):
+def write_problems(rng, out):
     """The answers in train.jsonl are for variants in forks/: the method needs none."""
     train, test = {}, {}
     while len(train) < TRAIN_ROWS:
@@ -84,7 +84,7 @@ def write_problems(rng):
             test.setdefault(expression, {"prompt": [{"role": "user", "content": question}], "problem": question,
                                          "answer": answer, "level": level})  # fmt: skip
     for name, rows in (("train", train), ("test", test)):
-        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
 # ----------------------------------------------------------------------------------------------------- traces
@@ -196,12 +196,13 @@ def make_tokenizer(rng):
     return fast
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, width):
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3,
-        head_dim=32, intermediate_size=288, max_position_embeddings=1024, rope_parameters={"rope_type": "default",
-        "rope_theta": 10_000.0}, initializer_range=0.1, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=3, num_attention_heads=width // 32,
+        num_key_value_heads=width // 32, head_dim=32, intermediate_size=3 * width, initializer_range=0.1,
+        max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
@@ -264,21 +265,24 @@ def pretrain(model, tokenizer, rng, steps, batch_size=16, peak_lr=3e-3, warmup=3
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make the toy model and its data beside this script.")
+    parser = argparse.ArgumentParser(description="Make the toy model and its data.")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--steps", type=int, default=1900, help="pre-training steps")
+    parser.add_argument("--width", type=int, default=96, help="hidden size, a multiple of 32")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # as fast as two at this size
     rng = random.Random(args.seed)
-    write_problems(rng)
+    write_problems(rng, args.out)
     tokenizer = make_tokenizer(rng)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, args.width)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words")
     pretrain(model, tokenizer, rng, args.steps)
-    model.save_pretrained(HERE)
-    tokenizer.save_pretrained(HERE)
-    file = HERE / "tokenizer_config.json"  # transformers 4 has other names for the class and the special words
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    file = args.out / "tokenizer_config.json"  # transformers 4 has other names for the class and some words
     names = {"TokenizersBackend": "PreTrainedTokenizerFast", "extra_special": "additional_special"}
     text = file.read_text()
     for new, old in names.items():
