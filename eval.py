@@ -157,7 +157,8 @@ def equivalent_within_time(gold, text):
     signal reaches it, so it runs in a process that can be killed."""
     global pool
     if pool is None:
-        pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
+        # gc: garbage of this process, GPU tensors among it, is not the other's to collect
+        pool = multiprocessing.get_context("fork").Pool(1, gc.freeze)
         atexit.register(pool.terminate)
     answer = pool.apply_async(equivalent, (gold, text))
     answer.wait(GRADING_SECONDS)
@@ -168,11 +169,6 @@ def equivalent_within_time(gold, text):
     return False
 
 
-def begin_grading():
-    gc.freeze()  # garbage of the process it comes from, GPU tensors among it, is not this one's to collect
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def equivalent(gold, text):
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -180,6 +176,7 @@ def equivalent(gold, text):
 
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     reading = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
     latex = [LatexExtractionConfig(normalization_config=reading)]
     sides = (parse(f"${side}$", latex, "no_fallback", "first_match") for side in (gold, text))
@@ -373,8 +370,7 @@ MEASURES |= {"response_tokens": "response_tokens"}
 
 
 def mean_and_se(by_problem):
-    """Mean and standard error of per-problem means. Samples of one problem are not independent, problems
-    are."""
+    """Mean and standard error of per-problem means: samples of one problem are not independent."""
     se = by_problem.sem()
     return by_problem.mean(), None if math.isnan(se) else se
 
@@ -390,7 +386,6 @@ def summarize(frame):
         "truncated": float(frame["truncated"].mean()),
         "per_problem": {
             "problem": by_problem.index.tolist(),
-            "gold": frame.groupby("problem")["gold"].first().tolist(),
             "accuracy": by_problem["dual"].tolist(),
             "response_tokens": by_problem["response_tokens"].tolist(),
         },
@@ -399,11 +394,7 @@ def summarize(frame):
 
 def compare(ours, baseline):
     """Token reduction and accuracy change against another run on the same problems, paired, with standard
-    errors.
-
-    reduction = 1 - r with r a ratio of means; its error by linearization, that of the mean of ours - r *
-    theirs.
-    """
+    errors. reduction = 1 - r, r a ratio of means; its error by linearization: that of ours - r * theirs."""
     mine, theirs = (pandas.DataFrame(run["per_problem"]) for run in (ours, baseline))
     mean = theirs["response_tokens"].mean()
     r = mine["response_tokens"].mean() / mean
@@ -469,8 +460,7 @@ def evaluate(cfg):
     finished = {(x["data"], x["problem"], x["sample"]) for x in opsdc.read_lines(out / "samples.jsonl")}
     if finished:
         say(f"reusing {len(finished)} samples of {out}")
-    short = sum(len(problem.prompt) + cfg.max_response_tokens > context for problem in problems)
-    if short:
+    if short := sum(len(problem.prompt) + cfg.max_response_tokens > context for problem in problems):
         say(f"{short} of {len(problems)} problems have less room: the model's context of {context} ends")
     dist.barrier()
     if len(finished) < len(problems) * cfg.n:

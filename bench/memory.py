@@ -47,7 +47,7 @@ USES = "parameters|Adam moments|gradients|teacher|gathered weights|KV cache|acti
 def by_use():
     print("| peak while, GB (10^9 bytes) | all |", " | ".join(USES), "|\n| --- |" + " ---: |" * 9)
     for name, world in (("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16)):
-        for phase, peak in whole(name, world, BATCH // world, P, T, 2).items():
+        for phase, peak in step_memory("simulated", name, world, BATCH // world, P, T, 2).items():
             figures = [f"{x / 1e9:.1f}" for x in (sum(peak.values()), *(peak.get(use, 0) for use in USES))]
             print(f"| {name}, {world} GPUs, {phase} |", " | ".join(figures), "|", flush=True)
     print("\n| on two processes | simulated GB | measured GB | ratio |\n| --- |" + " ---: |" * 3)
@@ -66,7 +66,7 @@ def gpus():
     for name, world in itertools.product(list(SIZES)[:6], (1, 2, 4, 8, 16)):
         totals, longest = {}, {}
         for tokens in (T, T // 2, T // 4, T // 8):
-            peaks = whole(name, world, BATCH // world, P, tokens, 1).values()
+            peaks = step_memory("simulated", name, world, BATCH // world, P, tokens, 1).values()
             totals[tokens] = max(sum(peak.values()) for peak in peaks) / 1e9
             state = max(sum(peak.get(use, 0) for use in USES[:5]) for peak in peaks) / 1e9
             longest = {card: tokens for card in cards if totals[tokens] <= room * card} | longest
@@ -74,15 +74,6 @@ def gpus():
                 break
         cells = (f"{longest[card]:,}" if card in longest else "no" for card in cards)
         print(f"| {name} | {world} | {totals[T]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
-
-
-def whole(name, *case):
-    """step_memory of a model from those of its first 4 and 8 layers, in a straight line: hours become minutes,
-    and for the 8B on 8 GPUs the peaks are those of all layers to 0.01 GB."""
-    few, more = (step_memory("simulated", f"{name}/{layers}", *case) for layers in (4, 8))
-    steps = (SIZES[name][1] - 4) / 4
-    line = lambda a, b: {use: a.get(use, 0) + steps * (b.get(use, 0) - a.get(use, 0)) for use in USES}  # noqa: E731
-    return {phase: line(few[phase], more[phase]) for phase in few}
 
 
 def step_memory(how, *case):

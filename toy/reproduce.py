@@ -91,7 +91,8 @@ is in nats per token, on the student's own rollouts.
 ## Where it ends
 
 Three seeds each, 300 steps, their mean ± their standard deviation; sampled as in training, 4 samples of each
-problem (8 at step 100). In the figure, the mean and the range of the seeds; entropy and loss are the log's.
+problem (8 at step 100). The loss is the log's, mean over the ten steps before. In the figure, the mean and the
+range of the seeds; entropy and loss are the log's.
 
 {}
 
@@ -213,6 +214,9 @@ def sweep(out):
         for key, scale, what in (("response_tokens", 1, "tokens"), ("accuracy_dual", 100, "accuracy %")):
             at = [[results(out, f"{name}-{step}") for name in names] for step in CURVE]
             rows.append([f"M = {M}: {what}", *(cell(found, key, scale) for found in at)])
+        logs = [[x["loss"] for x in read_lines(out / name / "metrics.jsonl")] for name in names]
+        before = [[{"loss": fmean(log[step - 11 : step - 1])} for log in logs] for step in CURVE]
+        rows.append([f"M = {M}: loss before it, nats / 1000", *(cell(x, "loss", 1000) for x in before)])
     return table(["", *(f"step {step}" for step in CURVE)], rows)
 
 
