@@ -480,10 +480,10 @@ def misreading(model, part=None, scored=False):
     to the logits of one plain pass, which is what training sees."""
     text = torch.arange(3, 11, device=model.device)[None]
     padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (text, torch.ones_like(text)))
-    two = GenerationConfig(max_new_tokens=2, min_new_tokens=2, pad_token_id=0, prefill_chunk_size=part)
-    told = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    told = {"do_sample": False, "prefill_chunk_size": part, "pad_token_id": 0, "max_new_tokens": 2}
+    told |= {"min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     try:
-        read = model.generate(padded, generation_config=two, do_sample=False, **told)
+        read = model.generate(padded, attention_mask=mask, generation_config=GenerationConfig(**told))
     except (RuntimeError, ValueError, AttributeError) as error:
         return f"generate() fails: {first_line(error)}"
     text = read.sequences[:, 3:-1]
