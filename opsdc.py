@@ -405,15 +405,17 @@ def inspect_model(name):
         stop_tokens = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         text_config = config.get_text_config()
         context = int(getattr(text_config, "max_position_embeddings", None) or 2**62)
+        files = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) if local else ())]
+        contents = [hashlib.sha256(numpy.memmap(file, mode="r")).digest() for file in files]
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         hint = "" if local else " (is the hub within reach? a local folder needs none)"
         fail(f"--model {name}: {first_line(error)}{hint}")
     spelled = text_config.to_json_string()
     if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
         context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
-    words, files = text_config.vocab_size, sorted(folder.glob("*.safetensors")) if local else []
+    words = text_config.vocab_size
     for wrong, what in (
-        (local and not files, "the folder has no *.safetensors"),
+        (local and len(files) == 1, "the folder has no *.safetensors"),
         (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
         (not tokenizer("a")["input_ids"], "its tokenizer knows no words: are its files there?"),
         (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
@@ -422,7 +424,6 @@ def inspect_model(name):
     ):
         if wrong:
             fail(f"--model {name}: {what}")
-    contents = [hashlib.sha256(numpy.memmap(x, mode="r")).digest() for x in (folder / "config.json", *files)]
     return tokenizer, stop_tokens, context, digest([*contents, stop_tokens, folder.name * (not local)])
 
 

@@ -1130,6 +1130,7 @@ NO_END = {"eos_token_id": None, "eos_token": None}
 @pytest.mark.parametrize("file, content, message", (
     ("config.json", None, "model: "),
     ("*.safetensors", None, "model: the folder has no *.safetensors"),
+    ("*.safetensors", b"", "model: cannot mmap an empty file"),
     ("tokenizer*", None, "model: its tokenizer knows no words"),
     ("chat_template*", None, "model: its tokenizer has no chat template"),
     ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model: "),
@@ -1146,7 +1147,7 @@ def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
     model = copy_of_toy(tmp_path / "model")
     write(model / "evil.py", f"open({str(tmp_path / 'was-run')!r}, 'w')")
     for path in model.glob(file):
-        write(path, content) if content else path.unlink()
+        path.unlink() if content is None else write(path, content)
     assert message in refused("--model", model)
 
 
