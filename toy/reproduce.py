@@ -9,6 +9,7 @@ skipped: after a stop, the same command goes on. --out then holds findings.md an
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -90,13 +91,19 @@ is in nats per token, on the student's own rollouts.
 
 ## Where it ends
 
-Three seeds each, 300 steps, their mean ± their standard deviation; sampled as in training, 4 samples of each
-problem (8 at step 100). The loss is the log's, mean over the ten steps before. In the figure, the mean and the
-range of the seeds; entropy and loss are the log's.
+Three seeds each, 300 steps, their mean ± their standard deviation; sampled as in training, 4 samples of
+each problem (8 at step 100). The loss is the log's, mean over the ten steps before. In the figure, the mean
+and the range of the seeds; entropy and loss are the log's.
 
 {}
 
 ![Tokens, accuracy, entropy and loss of these runs](findings.png)
+
+Can it be seen without answers? A rule made on these runs, not tried on others: when the loss before a
+refresh is more than twice the lowest before any, go back to the refresh before it: to the last export (one
+every 50 steps) made by then.
+
+{}
 
 ## Where the signal lands
 
@@ -214,10 +221,34 @@ def sweep(out):
         for key, scale, what in (("response_tokens", 1, "tokens"), ("accuracy_dual", 100, "accuracy %")):
             at = [[results(out, f"{name}-{step}") for name in names] for step in CURVE]
             rows.append([f"M = {M}: {what}", *(cell(found, key, scale) for found in at)])
-        logs = [[x["loss"] for x in read_lines(out / name / "metrics.jsonl")] for name in names]
-        before = [[{"loss": fmean(log[step - 11 : step - 1])} for log in logs] for step in CURVE]
+        before = [[{"loss": loss_before(out, name, step)} for name in names] for step in CURVE]
         rows.append([f"M = {M}: loss before it, nats / 1000", *(cell(x, "loss", 1000) for x in before)])
     return table(["", *(f"step {step}" for step in CURVE)], rows)
+
+
+def loss_before(out, name, step):
+    return fmean(x["loss"] for x in read_lines(out / name / "metrics.jsonl") if step - 10 <= x["step"] < step)
+
+
+def warnings(out):
+    """Where a run would end that asks the loss before each refresh, and no answers."""
+    rows = []
+    for M, names in SWEEP.items():
+        for seed, name in enumerate(names):
+            kept, lowest = 0, math.inf
+            for step in range(M, 301, M):
+                lowest = min(lowest, loss := loss_before(out, name, step))
+                if loss > 2 * lowest:
+                    break
+                kept = step
+            else:
+                step = "never"
+            kept = kept // 50 * 50
+            here, end = results(out, f"{name}-{kept}" if kept else "base"), results(out, f"{name}-300")
+            cells = [f"{here['response_tokens']:.1f}", f"{100 * here['accuracy_dual']:.1f}"]
+            cells.append(f"{100 * end['accuracy_dual']:.1f}")
+            rows.append([f"M = {M}, seed {seed}", str(step), str(kept), *cells])
+    return table(["", "warned at", "export kept", "tokens", "accuracy %", "accuracy %, step 300"], rows)
 
 
 # ------------------------------------------------------------------------------------- where the signal lands
@@ -297,7 +328,7 @@ def main():
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # 8: each takes most of a gigabyte
         for _ in pool.map(lambda name: one(out, name), [*TRAINED, *ASKED]):
             pass
-    text = FINDINGS.format(main_result(out), variants(out), sweep(out), signal(out))
+    text = FINDINGS.format(main_result(out), variants(out), sweep(out), warnings(out), signal(out))
     (out / "findings.md").write_text(text)
     draw_sweep(out)
     print(text)
