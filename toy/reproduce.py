@@ -284,14 +284,16 @@ def signal(out):
             pieces = [tokenizer.decode(id) for id in rollout["response_ids"]]
             for kind, kl in zip(kinds_of_tokens(pieces), rollout["token_kl"]):
                 kls.setdefault(kind, {}).setdefault(step, []).append(kl)
-    total = {step: sum(sum(of.get(step, ())) for of in kls.values()) for step in runs}
+    total, counts = (
+        {step: sum(of(kl.get(step, ())) for kl in kls.values()) for step in runs} for of in (sum, len)
+    )
     rows = []
     for kind in sorted(kls, key=lambda kind: -sum(kls[kind].get("step 0", ()))):
         pairs = ((kls[kind].get(step), total[step]) for step in runs)
-        rows.append([kind, *(f"{100 * sum(x) / all:.1f} ({fmean(x):.4f})" if x else "" for x, all in pairs)])
-    counts = {step: sum(len(of.get(step, ())) for of in kls.values()) for step in runs}
-    rows.append(["all: nats per token", *(f"{total[step] / counts[step]:.4f}" for step in runs)])
-    return table(["the token", *runs], rows)
+        cells = (f"{100 * sum(x) / all:.1f} ({fmean(x):.4f})" if x else "" for x, all in pairs)
+        rows.append([kind, f"{100 * len(kls[kind].get('step 0', ())) / counts['step 0']:.1f}", *cells])
+    rows.append(["all: nats per token", "", *(f"{total[step] / counts[step]:.4f}" for step in runs)])
+    return table(["the token", "of the tokens %, step 0", *runs], rows)
 
 
 # ------------------------------------------------------------------------------------------------- the figure
@@ -311,9 +313,9 @@ def draw_sweep(out):
             columns = list(zip(*curves))
             panel.plot(steps, list(map(fmean, columns)), color=color, label=f"M = {M}")
             panel.fill_between(steps, *([f(x) for x in columns] for f in (min, max)), color=color, alpha=0.2)
-            panel.set(ylabel=key.replace("_dual", "").replace("_", " "), ylim=0)
+            panel.set_ylabel(key.replace("_dual", "").replace("_", " "))
+            panel.set(yscale="log") if key == "loss" else panel.set(ylim=0)
     panels[0, 0].legend()
-    panels[1, 1].set(yscale="log", ylim=None)
     for panel in panels[1]:
         panel.set_xlabel("step")
     figure.savefig(out / "findings.png", dpi=90)
