@@ -1,7 +1,7 @@
 """The paper's findings on the toy, from one command: train, evaluate, and write down what was found.
 
     pip install matplotlib
-    python toy/reproduce.py        # about 70 minutes on 2 cores, one job per core at a time
+    python toy/reproduce.py        # under an hour on 2 cores: one job per core at a time
 
 Everything goes through the command lines of opsdc.py and eval.py and the files they write. What is done is
 skipped: after a stop, the same command goes on. --out then holds findings.md and findings.png.
