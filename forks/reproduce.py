@@ -24,9 +24,11 @@ from toy.reproduce import ROOT, TOY, cell, evaluate, first_step, results, run
 
 RUNS = ROOT / "runs" / "forks"
 STEPS = (25, 50, 75, 100, 150, 200)
+MODELS = {"base": "toy", "larger": RUNS / "larger"}  # not trained here
 LR, FAST, EVERY = "--lr 1e-4", "--lr 3e-4", "--refresh_every"
 VARIANTS = {  # name of the patch: (idea, flags: the best of those tried goes first; what it teaches)
     "base": ("the toy as it comes", [""], ""),
+    "larger": ("the toy's recipe, twice as wide: the teacher of other_teacher", [""], ""),
     "opsdc": (
         "Sang et al. 2026 (2603.05433)",
         [LR, f"{LR} {EVERY} 25", f"{LR} {EVERY} 1"],
@@ -44,8 +46,8 @@ VARIANTS = {  # name of the patch: (idea, flags: the best of those tried goes fi
     ),
     "other_teacher": (
         "a larger model teaches; Agarwal et al. 2024 (GKD, 2306.13649)",
-        [],
-        "tested only: a larger toy must be trained first",
+        [f"{LR} --teacher runs/forks/larger", f"{FAST} --teacher runs/forks/larger"],
+        "",
     ),
     "off_policy": (
         "the teacher writes, cross-entropy; Kim & Rush 2016 (1606.07947), Munkhbat et al. 2025 (2502.20122)",
@@ -78,16 +80,18 @@ def folder(name, flags):
 def runs(name):
     """[(flags, the last step)]: the best settings with three seeds, one of which goes on; others with one."""
     settings = [(flags, 100) for flags in VARIANTS[name][1]]
-    if settings and name != "base":
+    if settings and name not in MODELS:
         best = settings.pop(0)[0]
         settings = [(best, 200), (f"{best} --seed 1", 100), (f"{best} --seed 2", 100), *settings]
     return settings
 
 
 def patch(name):
-    """A copy of the code with the patch; OPSDC's is the code as it is."""
+    """A copy of the code with the patch; OPSDC's is the code as it is. The larger model is made first."""
     code = RUNS / "code" / name
-    if name != "base" and not code.exists():
+    if name in ("larger", "other_teacher"):
+        run("toy/make.py --width 192", MODELS["larger"], "model.safetensors")
+    if name not in MODELS and not code.exists():
         code.mkdir(parents=True)
         for file in ("opsdc.py", "eval.py"):
             shutil.copy(ROOT / file, code)
@@ -98,11 +102,11 @@ def patch(name):
 
 def do(name, flags, last):
     this, out = folder(name, flags), RUNS / folder(name, flags)
-    model = lambda step: out / f"step_{step}" if name != "base" else "toy"  # noqa: E731
-    if name != "base":
+    model = lambda step: MODELS.get(name, out / f"step_{step}")  # noqa: E731
+    if name not in MODELS:
         line = f"{RUNS}/code/{name}/opsdc.py {TOY} --model toy {flags} --save_every 25 --resume"
         run(f"{line} --steps {last}", out, f"step_{last}")
-    for step in STEPS if name != "base" and "seed" not in flags else (100,):
+    for step in STEPS if name not in MODELS and "seed" not in flags else (100,):
         if step <= last:
             evaluate(RUNS, f"{this}-{step}", model(step), "training", 4)
     evaluate(RUNS, f"{this}-100", model(100), "evaluation", 4)
@@ -137,7 +141,7 @@ def write(file, rows):
 def tables():
     main, every = [], []
     for name, (idea, settings, teaches) in VARIANTS.items():
-        best = [folder(name, flags) for flags, _ in runs(name)[: 1 if name == "base" else 3]]
+        best = [folder(name, flags) for flags, _ in runs(name)[:3]]
         cells = []
         for x in (found(best, 100, "training"), found(best, 100, "evaluation")):
             cells += [cell(x, "response_tokens"), cell(x, "accuracy_dual", 100)] if x else ["not run"] * 2
