@@ -157,8 +157,7 @@ def equivalent_within_time(gold, text):
     signal reaches it, so it runs in a process that can be killed."""
     global pool
     if pool is None:
-        # gc: garbage of this process, GPU tensors among it, is not the other's to collect
-        pool = multiprocessing.get_context("fork").Pool(1, gc.freeze)
+        pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
         atexit.register(pool.terminate)
     answer = pool.apply_async(equivalent, (gold, text))
     answer.wait(GRADING_SECONDS)
@@ -169,14 +168,18 @@ def equivalent_within_time(gold, text):
     return False
 
 
+def begin_grading():
+    gc.freeze()  # garbage of the process it comes from, GPU tensors among it, is not this one's to collect
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # terminate() sends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def equivalent(gold, text):
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Eq, Expr, Float, UnevaluatedExpr, false
 
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     reading = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
     latex = [LatexExtractionConfig(normalization_config=reading)]
     sides = (parse(f"${side}$", latex, "no_fallback", "first_match") for side in (gold, text))
@@ -338,7 +341,7 @@ def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part
                 seed = (cfg.seed, number)
                 responses = rollout_in_legs(model, prompts, limits, sampling, seed, rows)
             except RuntimeError as error:
-                if rows == 1 or not re.search(opsdc.OUT_OF_MEMORY, str(error)):
+                if rows == 1 or not opsdc.out_of_memory(error):
                     raise
                 rows //= 2
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
@@ -511,7 +514,7 @@ def main():
     try:
         evaluate(cfg)
     except RuntimeError as error:
-        if not re.search(opsdc.OUT_OF_MEMORY, str(error)):
+        if not opsdc.out_of_memory(error):
             raise
         fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
     except OSError as error:
