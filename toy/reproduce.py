@@ -167,10 +167,9 @@ def results(out, name, sampling="training"):
     return json.loads(path.read_text())["results"]["toy/test.jsonl"]
 
 
-def entropy(out, name, step):
-    """Nats per token on the student's own rollouts, mean over the ten steps up to this one."""
-    metrics = read_lines(out / name / "metrics.jsonl")
-    return fmean(x["entropy"] for x in metrics if step - 10 < x["step"] <= step)
+def logged(out, name, key, steps):
+    """Mean of a figure of the log over these steps."""
+    return fmean(x[key] for x in read_lines(out / name / "metrics.jsonl") if x["step"] in steps)
 
 
 def cell(found, key, scale=1):
@@ -200,10 +199,10 @@ def main_result(out):
 
 
 def variants(out):
-    rows = [(title, [name], None if name != "base" else ("signal", 1)) for name, (title, _) in ASKED.items()]
+    rows = [(title, [name], {"base": ("signal", [1])}.get(name)) for name, (title, _) in ASKED.items()]
     rows.append(("OPSDC, mean of 3 seeds ± their spread", SEEDS, None))
-    rows += [(title, [f"{x}-100"], (x, 100)) for x, (title, _) in TRAINED.items() if title]
-    rows.append(("OPSDC, 300 steps", ["main-300"], ("main", 300)))
+    rows += [(title, [f"{x}-100"], (x, range(91, 101))) for x, (title, _) in TRAINED.items() if title]
+    rows.append(("OPSDC, 300 steps", ["main-300"], ("main", range(291, 301))))
     cells = []
     for title, names, nats in rows:
         found = [results(out, name) for name in names]
@@ -211,7 +210,7 @@ def variants(out):
         cells.append([title, cell(found, "response_tokens"), cell(found, "accuracy_dual", 100)])
         cells[-1].append(f"{100 * fmean(x['truncated'] for x in found):.1f}")
         cells[-1] += [" ".join(f"{fmean(level):.0f}" for level in by_level)]
-        cells[-1] += [f"{entropy(out, *nats):.3f}" if nats else ""]
+        cells[-1] += [f"{logged(out, nats[0], 'entropy', nats[1]):.3f}" if nats else ""]
     return table(["", "tokens", "accuracy %", "cut off %", "tokens at levels 1 to 5", "entropy"], cells)
 
 
@@ -221,13 +220,11 @@ def sweep(out):
         for key, scale, what in (("response_tokens", 1, "tokens"), ("accuracy_dual", 100, "accuracy %")):
             at = [[results(out, f"{name}-{step}") for name in names] for step in CURVE]
             rows.append([f"M = {M}: {what}", *(cell(found, key, scale) for found in at)])
-        before = [[{"loss": loss_before(out, name, step)} for name in names] for step in CURVE]
+        before = [
+            [{"loss": logged(out, name, "loss", range(step - 10, step))} for name in names] for step in CURVE
+        ]
         rows.append([f"M = {M}: loss before it, nats / 1000", *(cell(x, "loss", 1000) for x in before)])
     return table(["", *(f"step {step}" for step in CURVE)], rows)
-
-
-def loss_before(out, name, step):
-    return fmean(x["loss"] for x in read_lines(out / name / "metrics.jsonl") if step - 10 <= x["step"] < step)
 
 
 def warnings(out):
@@ -237,7 +234,7 @@ def warnings(out):
         for seed, name in enumerate(names):
             kept, lowest = 0, math.inf
             for step in range(M, 301, M):
-                lowest = min(lowest, loss := loss_before(out, name, step))
+                lowest = min(lowest, loss := logged(out, name, "loss", range(step - 10, step)))
                 if loss > 2 * lowest:
                     break
                 kept = step
@@ -303,9 +300,8 @@ def draw_sweep(out):
     for color, (M, names) in zip(("C3", "C0", "C2"), SWEEP.items()):
         for panel, key in zip(panels.flat, ("response_tokens", "accuracy_dual", "entropy", "loss")):
             if key in ("entropy", "loss"):  # of the log, means over ten steps
-                logs = [[x[key] for x in read_lines(out / name / "metrics.jsonl")] for name in names]
                 steps = range(10, 301, 10)
-                curves = [[fmean(log[step - 10 : step]) for step in steps] for log in logs]
+                curves = [[logged(out, x, key, range(step - 9, step + 1)) for step in steps] for x in names]
             else:
                 steps = [0, *CURVE]
                 models = [["base", *(f"{name}-{step}" for step in CURVE)] for name in names]
