@@ -96,28 +96,30 @@ def respond(model, tokenizer, stop_tokens, rows, how, instruction=""):
 def evaluate(args, name, folder, hows, instruction=""):
     """Its responses to the held-out questions and, greedy, to prompts of other kinds, as lines of files. With
     the latter goes KL(base || this model) on each token of the base model's own responses."""
+    paths = {how: args.out / f"{name}-{how}.jsonl" for how in hows}
+    missing = {how: path for how, path in paths.items() if not path.exists()}
+    if not missing:
+        return
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(folder))
-    model, base = (opsdc.load_model(str(x), torch.float32) for x in (folder, args.out / "base"))
-    for how in hows:
-        path = args.out / f"{name}-{how}.jsonl"
+    model = opsdc.load_model(str(folder), torch.float32)
+    for how, path in missing.items():
         rows = read_lines(HERE / ("others.jsonl" if how == "others" else "test.jsonl"))
         rows = rows[:: 3 if args.quick else 1]
-        if path.exists():
-            continue
         sampling = "greedy" if how == "others" else how
         responses, prompts = respond(model, tokenizer, stop_tokens, rows, sampling, instruction)
         records = []
         for row, ids in zip(rows, responses):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            record = {"prompt": row["prompt"], "response": text, "tokens": len(ids)}
+            record = {"prompt": row["prompt"], "response": text, "ids": ids, "tokens": len(ids)}
             record["truncated"] = ids[-1] not in stop_tokens
             record["right"] = contains(text, row["answer"]) if "answer" in row else None
             records.append(record)
         if how == "others":
-            written, _ = respond(base, tokenizer, stop_tokens, rows, sampling)
-            for record, x, y in zip(records, prompts, written):
+            base = opsdc.load_model(str(args.out / "base"), torch.float32)
+            written = records if name == "base" else read_lines(args.out / "base-others.jsonl")
+            for record, x, theirs in zip(records, prompts, written):
                 with torch.inference_mode():
-                    log_p, log_q = (predictions(some, x, y) for some in (base, model))
+                    log_p, log_q = (predictions(some, x, theirs["ids"]) for some in (base, model))
                 record["kl"] = opsdc.divergence(log_q, log_p, "forward_kl").mean().item()
         opsdc.replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
@@ -362,7 +364,9 @@ def main():
     args.out = out = args.out.resolve() / "quick" if args.quick else args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     take_model(out / "base")
-    patch("off_policy")
+    if not args.quick:
+        patch("off_policy")
+        evaluate(args, "base", out / "base", ["others"])  # first: all others are compared with its responses
     names = ["opsdc", "base", "asked0"] if args.quick else [*TRAINED, "base", *ASKED]  # the longest first
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for _ in pool.map(partial(job, args), names):
