@@ -1,11 +1,11 @@
 """The rehearsal that someone with a GPU runs first. It prints a report in Markdown to paste into an issue.
 
-    python bench/gpu.py > report.md    # some ten minutes on one H100 of 80 GB (reckoned, not run)
+    python bench/gpu.py > report.md    # four minutes on an H200; made to fit one card of 80 GB
 
 What must hold, or it says "DOES NOT HOLD": the toy trains as on the CPU, silently, and nothing piles up; loss
 and gradient are those of plain autograd in float64; a step at Qwen3-8B's width has the memory that memory.py
-says. Then five figures, on which the estimates in README.md rest. Nothing is downloaded; the toy apart, all
-weights are random. Without CUDA all shapes are tiny: a test of the script, whose speeds mean nothing.
+says. Then what would decode faster, and five figures, on which the estimates in README.md rest. Nothing is
+downloaded; the toy apart, all weights are random. Without CUDA all shapes are tiny: a test of the script.
 """
 
 import gc
@@ -26,6 +26,7 @@ from unittest.mock import patch
 import memory  # the script beside this one; it lets torch have one thread
 import torch
 import transformers
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import opsdc
 
@@ -44,11 +45,13 @@ def main():
     machine = torch.cuda.get_device_properties(opsdc.DEVICE) if CUDA else "no CUDA: tiny shapes"
     report(f"# The rehearsal\n\ntorch {torch.__version__}, {machine}")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     with redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
         simulated = pool.submit(memory.step_memory, "simulated", *CASE)  # on the CPU, meanwhile
         figures = toy()
         gradient()
         figures |= step(simulated.result())
+        decoding()
     torch.distributed.destroy_process_group()
     report("\n## Five figures\n\n| | |\n| --- | ---: |")
     for what, figure in figures.items():
@@ -151,6 +154,27 @@ def step(simulated):
         "of it the loss, s": f"{spent['loss_and_gradient']:.2f}",
         "peak of that step, GB": f"{max(peaks) / 1e9:.1f}",
     }
+
+
+def decoding():
+    """A token of a rollout, 4 rows: as it is, with fewer kernels, and compiled (transformers does that by
+    itself on CUDA where the KV cache has a fixed size)."""
+    name, P, T = ("Qwen3-8B/12", 512, 300) if CUDA else ("tiny", 8, 4)
+    report(f"\n## Decoding, {name} (model/layers)\n\n| | ms a token | GB at most |\n| --- | ---: | ---: |")
+    model = memory.make_model(name, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
+    plain, whole = Qwen3RMSNorm.forward, {"cache_implementation": "static", "max_cache_len": sum(CASE[3:5])}
+    fused = lambda x, h: torch.nn.functional.rms_norm(h, h.shape[-1:], x.weight, x.variance_epsilon)  # noqa: E731
+    variants = {"as it is": ({}, plain), "F.rms_norm": ({}, fused), "static cache, compiled": (whole, plain)}
+    for what, (settings, norm) in [*variants.items()] * 2:  # in turn: the first time warms up
+        sampling = opsdc.sampling_settings([0], T)
+        sampling.update(suppress_tokens=[0], **settings)  # without its EOS no response ends early
+        with patch.object(Qwen3RMSNorm, "forward", norm):
+            (torch.cuda.reset_peak_memory_stats if CUDA else wait)()
+            began = time.perf_counter()
+            opsdc.rollout(model, [[1] * (P - i) for i in range(4)], sampling, 0)
+        seconds = time.perf_counter() - began  # it ends with a list of ids: the GPU is idle
+        peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
+        report(f"| {what} | {1000 * seconds / T:.1f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

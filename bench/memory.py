@@ -2,6 +2,7 @@
 
     python bench/memory.py          # Qwen3-8B and 14B by use, and a small model beside two real processes
     python bench/memory.py gpus     # six models on 1 to 16 GPUs of four sizes: what fits
+    python bench/memory.py hours    # how long a run would take there, reckoned from bench/README.md's speeds
 
 The simulation runs the code of opsdc.py on tensors that have a shape and no data, in a process group whose
 other members do not exist. The worst case is taken: all prompts at their limit, all responses at the cap.
@@ -41,6 +42,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, tied emb
     "tiny": (32, 2, 2, 48, 512, False),
 }  # fmt: skip
 BATCH, P, T = 32, 1024, 8192  # opsdc.py's defaults
+MS_A_LAYER = 1.2  # of a token's rollout, with few rows: gpu.py on an H200
 USES = "parameters|Adam moments|gradients|teacher|gathered weights|KV cache|activations|loss".split("|")
 
 
@@ -74,6 +76,33 @@ def gpus():
                 break
         cells = (f"{longest[card]:,}" if card in longest else "no" for card in cards)
         print(f"| {name} | {world} | {totals[T]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
+
+
+def hours():
+    """100 steps. A rollout is the longest response, token by token; training has responses of mean length."""
+    # TB/s; TFLOP/s in bf16 and in TF32
+    cards = {"24 GB": (0.9, 60, 30), "H100": (3, 400, 200), "H200": (4.3, 400, 200)}
+    print("| | GPUs | prompts | rollout, s | training, s | hours | GPU hours |\n| --- |" + " ---: |" * 6)
+    for name, card, world, cap in (
+        ("0.6B", "24 GB", 1, T // 4), ("0.6B", "H100", 1, T), ("1.7B", "H100", 1, T), ("4B", "H100", 2, T),
+        ("8B", "H100", 4, T), ("8B", "H100", 8, T), ("8B", "H100", 16, T), ("8B", "H100", 32, T),
+        ("8B", "H100", 64, T), ("14B", "H100", 8, T), ("32B", "H200", 16, T),
+    ):  # fmt: skip
+        read, bf16, tf32 = (1e12 * speed for speed in cards[card])
+        hidden, layers, heads, intermediate, vocabulary, _ = SIZES[f"Qwen3-{name}"]
+        body, head = layers * hidden * (256 * (heads + 8) + 3 * intermediate), hidden * vocabulary
+        batch, mean, prompt = max(BATCH, world), min(6000, 0.88 * cap), 256
+        cache = 3 * batch / world * layers * 2 * 8 * 128 * 2  # bytes that are moved for each token in it
+        wait = layers * MS_A_LAYER / 1000
+        rollout = sum(max(wait, (2 * (body + head) + cache * (prompt + t)) / read) for t in range(cap))
+        S = prompt + mean
+        train = 10 * body * S / bf16 + 5.5 * 2 * S * S * heads * 128 * layers / bf16 + 8 * head * mean / tf32
+        if world > 1:
+            train += 10 * (body + 2 * head) * (1 - 1 / world) / (150e9 if world <= 8 else 40e9)
+        train *= batch / world
+        total = 100 * (rollout + train) / 3600
+        cells = world, batch, f"{rollout:.0f}", f"{train:.0f}", f"{total:.1f}", f"{world * total:.0f}"
+        print(f"| Qwen3-{name}, {card}, at most {cap:,} tokens |", " | ".join(map(str, cells)), "|")
 
 
 def step_memory(how, *case):
@@ -266,5 +295,5 @@ def measure(name, world, *case):
 
 if __name__ == "__main__":
     what, *case = sys.argv[1:] or ["by_use"]
-    function = {"by_use": by_use, "gpus": gpus, "simulated": simulate, "measured": measure}[what]
-    function(*case[:1], *map(int, case[1:]))
+    what_to_do = {"by_use": by_use, "gpus": gpus, "hours": hours, "simulated": simulate, "measured": measure}
+    what_to_do[what](*case[:1], *map(int, case[1:]))

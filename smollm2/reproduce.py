@@ -101,7 +101,7 @@ def evaluate(args, name, folder, hows, instruction=""):
     if not missing:
         return
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(folder))
-    model = opsdc.load_model(str(folder), torch.float32)
+    model = load(folder)
     for how, path in missing.items():
         rows = read_lines(HERE / ("others.jsonl" if how == "others" else "test.jsonl"))
         rows = rows[:: 3 if args.quick else 1]
@@ -115,7 +115,7 @@ def evaluate(args, name, folder, hows, instruction=""):
             record["right"] = contains(text, row["answer"]) if "answer" in row else None
             records.append(record)
         if how == "others":
-            base = opsdc.load_model(str(args.out / "base"), torch.float32)
+            base = load(args.out / "base")
             written = records if name == "base" else read_lines(args.out / "base-others.jsonl")
             for record, x, theirs in zip(records, prompts, written):
                 with torch.inference_mode():
@@ -124,9 +124,13 @@ def evaluate(args, name, folder, hows, instruction=""):
         opsdc.replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def load(folder):
+    return opsdc.load_model(str(folder), torch.float32).to(opsdc.DEVICE)
+
+
 def predictions(model, x, y):
     """log q of every word at each token of a response, by a plain forward pass -> [T, V]."""
-    return model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
+    return model(torch.tensor([x + y], device=model.device)).logits[0, len(x) - 1 : -1].log_softmax(-1)
 
 
 def contains(text, answers):
@@ -254,7 +258,7 @@ def greedy_responses(out):
     """Three held-out questions, the base model's greedy responses, and the KL of each token (Eq. 1). They are
     the first open questions that it answers in 40 to 110 tokens."""
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(out / "base"))
-    model = opsdc.load_model(str(out / "base"), torch.float32)
+    model = load(out / "base")
     rows = read_lines(out / "base-greedy.jsonl")
     for row in [x for x in rows if x["right"] is None and 40 <= x["tokens"] <= 110][:3]:
         (y,), (x,) = respond(model, tokenizer, stop_tokens, [row], "greedy")
