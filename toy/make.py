@@ -81,8 +81,8 @@ def write_problems(rng, out):
             question = rng.choice(WORDINGS).format(expression)
             answer = steps[-1].split(" = ")[1]
             # keyed by the expression: no problem occurs twice under two wordings
-            test.setdefault(expression, {"prompt": [{"role": "user", "content": question}], "problem": question,
-                                         "answer": answer, "level": level})  # fmt: skip
+            row = {"prompt": [{"role": "user", "content": question}], "problem": question}
+            test.setdefault(expression, row | {"answer": answer, "level": level})
     for name, rows in (("train", train), ("test", test)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
