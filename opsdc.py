@@ -286,7 +286,7 @@ def train(cfg):
     sampling = sampling_settings(stop_tokens, cfg.max_response_tokens, cfg.temperature)
     if done:
         export(cfg, done, student, tokenizer)  # a kill may have come between checkpoint and export
-    signals, bad_steps = note_signals(), 0
+    signals, bad_steps, began = note_signals(), 0, time.time()
 
     for step in range(done + 1, cfg.steps + 1):
         start = time.time()
@@ -307,9 +307,11 @@ def train(cfg):
             optimizer.step()  # [9]
         optimizer.zero_grad()
 
-        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped}
-        figures |= {"seconds_rollout": generated - start, "seconds_train": time.time() - generated}
-        log_step(cfg, step, tokenizer, stop_tokens, zip(batch, responses, loss, entropy), figures)
+        now = time.time()
+        left = (now - began) / (step - done) * (cfg.steps - step)
+        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped, "seconds": now - start}
+        figures |= {"seconds_rollout": generated - start, "seconds_train": now - generated}
+        log_step(cfg, step, tokenizer, stop_tokens, zip(batch, responses, loss, entropy), figures, left)
         bad_steps = bad_steps + 1 if skipped else 0
         if bad_steps == 3:
             fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr and choose another --out", 1)
@@ -742,11 +744,11 @@ def last_checkpoint(out):
 
 
 # ------------------------------------------------------------------------------------------- logs, JSON files
-def log_step(cfg, step, tokenizer, stop_tokens, rows, figures):
+def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
     """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together.
 
     `rows` are this process's ((x, xc), y, KL of each token of y, entropy of each), `figures` what else is
-    logged. From a rollout's record anyone can compute its loss again.
+    logged, `left` the seconds to go. From a rollout's record anyone can compute its loss again.
     """
     records = []
     for (x, xc), y, kl, entropy in rows:
@@ -768,7 +770,6 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures):
         "truncated": sum(record["response_ids"][-1] not in stop_tokens for record in records) / B,
         "entropy": sum(record["entropy"] * t for record, t in zip(records, T)) / sum(T),
         **figures,
-        "seconds": figures["seconds_rollout"] + figures["seconds_train"],
         "peak_memory_gb": max(peak for _, peak in everyone) / 1e9,
     }
     for name, lines in zip(LOGS, ([metrics], records[: cfg.log_rollouts])):
@@ -777,10 +778,9 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures):
     for what in ("student_prompt", "teacher_prompt", "response") if step == 1 else ():
         say(f"--- {what} ---\n{records[0][what]}")
     line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
-    line += "  entropy {entropy:.3f}  {seconds:.1f} s  left {left}"
-    left = timedelta(seconds=round(metrics["seconds"] * (cfg.steps - step)))  # if all are as long as this one
+    line += "  entropy {entropy:.3f}  {seconds:.1f} s"
     skipped = "  update skipped: gradient not finite" * metrics["skipped"]
-    say(line.format(**metrics, steps=cfg.steps, left=left) + skipped)
+    say(f"{line.format(**metrics, steps=cfg.steps)}  left {timedelta(seconds=round(left))}{skipped}")
 
 
 def json_line(record):

@@ -891,8 +891,8 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
     assert "--- teacher_prompt ---" in printed and re.search(r"step\s+16/16  loss .* left 0:00:00", printed)
     assert " ".join(metrics[0]) == (
-        "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds_rollout "
-        "seconds_train seconds peak_memory_gb"
+        "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout "
+        "seconds_train peak_memory_gb"
     )
     config = json.loads((out / "config.json").read_text())
     assert config["lr"] == 3e-4 and "opsdc.py" in config["command"]
