@@ -92,8 +92,9 @@ def hours():
         body, head = layers * hidden * (256 * (heads + 8) + 3 * intermediate), hidden * vocabulary
         batch, mean, prompt = max(BATCH, world), min(6000, 0.88 * cap), 256
         cache = 3 * batch / world * layers * 2 * 8 * 128 * 2  # bytes that are moved for each token in it
-        wait = (2.8 + 0.73 * layers) / 1000  # on an H200: 7.2 ms with 6 layers, 29 with 36
-        rollout = sum(max(wait, (2 * (body + head) + cache * (prompt + t)) / read) for t in range(cap))
+        launch = (2.8 + 0.73 * layers) / 1000  # on an H200: 7.2 ms with 6 layers, 29 with 36
+        token = max(launch, 2 * (body + head) / read)
+        rollout = sum(token + cache * (prompt + t) / read for t in range(cap))
         S = prompt + mean
         train = 10 * body * S / bf16 + 5.5 * 2 * S * S * heads * 128 * layers / bf16 + 8 * head * mean / tf32
         if world > 1:

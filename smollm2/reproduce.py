@@ -55,15 +55,19 @@ TRAINING += f" --save_every 8 --resume {shlex.join(['--instruction', INSTRUCTION
 TRAINED = {  # name: (row of the tables, flags besides TRAINING)
     "opsdc": ("**OPSDC, not asked**", ""),
     "seed1": ("OPSDC, another seed", "--seed 1"),
+    "seed2": ("OPSDC, a third seed", "--seed 2"),
     "frozen": ("teacher never refreshed", "--refresh_every 0"),
     "forward-kl": ("forward KL", "--divergence forward_kl"),
     "off-policy": ("fine-tuned on the asked model's texts (forks/off_policy.patch)", ""),
     "off-policy-seed1": ("the same, another seed", "--seed 1"),
+    "off-policy-seed2": ("the same, a third seed", "--seed 2"),
 }
 ASKED = {f"asked{i}": instruction for i, instruction in enumerate(WORDINGS)}  # put to the base model
 TITLES = {"base": "base model", "asked0": "base model, asked"}  # rows of the main result
-TITLES |= {name: title for name, (title, _) in TRAINED.items()} | {"opsdc-half": "OPSDC, 8 of the 16 steps"}
-TITLES |= {"off-policy-half": "fine-tuned, 8 of the 16 steps"}
+TITLES |= {name: title for name, (title, _) in TRAINED.items()}
+ALSO = {"half": 8, "long": 48}  # steps at which two of the runs are evaluated besides 16
+TITLES |= {f"opsdc-{when}": f"OPSDC, {step} steps" for when, step in ALSO.items()}
+TITLES |= {f"off-policy-{when}": f"fine-tuned, {step} steps" for when, step in ALSO.items()}
 SAMPLINGS = {"greedy": (0,), "sampled": (0.6, 0.95, 20)}  # the second is how the paper evaluates
 CAP = 200  # tokens of a response that is evaluated
 
@@ -154,9 +158,11 @@ def job(args, name):
     hows += ["others"] * (name not in ASKED and not args.quick)
     folder = args.out / "base"
     if name in TRAINED:
-        folder = train(args, name, TRAINED[name][1], 8 if args.quick else 16)
-        if f"{name}-half" in TITLES and not args.quick:
-            evaluate(args, f"{name}-half", folder.with_name("step_8"), ["greedy", "others"])
+        last = max(ALSO.values()) if f"{name}-long" in TITLES else 16
+        folder = train(args, name, TRAINED[name][1], 8 if args.quick else last)
+        for when, step in ALSO.items() if last > 16 and not args.quick else ():
+            evaluate(args, f"{name}-{when}", folder.with_name(f"step_{step}"), ["greedy", "others"])
+        folder = folder if args.quick else folder.with_name("step_16")
     evaluate(args, name, folder, hows, ASKED.get(name, ""))
     if name in ("base", "opsdc"):  # what a model is told by a teacher with its own weights
         some = 48 if args.quick else 192
