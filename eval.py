@@ -454,7 +454,7 @@ def evaluate(cfg):
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
     out = Path(cfg.out or default_out(settings))
-    lock = opsdc.open_run(out, settings)  # noqa: F841, held to the end
+    opsdc.open_run(out, settings)
     opsdc.start_processes()
 
     if RANK == 0:

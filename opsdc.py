@@ -60,19 +60,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-RANK, WORLD, LOCAL_RANK = (  # set by torchrun; what is no number becomes -1 and is refused in parse_args
-    int(os.environ.get(name, default)) if os.environ.get(name, default).isdigit() else -1
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-)
+from_torchrun = (os.environ.get(*x) for x in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+RANK, WORLD, LOCAL_RANK = (int(x) if x.isdigit() else -1 for x in from_torchrun)  # parse_args refuses -1
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", max(LOCAL_RANK, 0)) if CUDA else torch.device("cpu")
 COMPUTE_DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -126,9 +121,8 @@ MATH_PROMPT = (
 
 
 def student_messages(row):
-    """x: the chat messages of a data row. A `prompt` (messages or text) is taken as it stands. A bare
-    `problem` or `question` is put into the paper's form. Options, where a row has them, are listed in words
-    of ours. Raises ValueError for anything else."""
+    """x, as chat messages. A `prompt` (messages or text) is taken as it stands, a `problem` or `question` is
+    put into the paper's form, options are listed below. Raises ValueError for any other row."""
     column = next((name for name in ("prompt", "problem", "question") if row.get(name) is not None), None)
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
@@ -151,23 +145,20 @@ def student_messages(row):
 
 def teacher_messages(row, instruction):
     """(x, c): the student's messages with the instruction in place of the sentence that opens the paper's
-    form. Where the user's message does not open with it, the instruction stands on top. To give the teacher
-    something else (a hint, a solution), change this function and nothing more."""
+    form or, where there is none, on top. To tell the teacher something else (a hint, a solution), change this
+    function and nothing more."""
     *before, message = student_messages(row)
-    text = message["content"]
-    if text.startswith(STEP_BY_STEP):
-        text = instruction + text.removeprefix(STEP_BY_STEP)
-    else:
-        text = f"{instruction}\n\n{text}"
-    return [*before, {**message, "content": text}]
+    rest = message["content"].removeprefix(STEP_BY_STEP)
+    if rest == message["content"]:
+        rest = f"\n\n{rest}"
+    return [*before, {**message, "content": instruction + rest}]
 
 
 # ------------------------------------------------------------------------------------------------------- loss
 def divergence(log_q, log_p, kind):
     """Log-probabilities of student and teacher [N, V] -> divergence of each token [N], in nats. For another
-    loss, write its formula here; autograd does the rest. (For Eq. 1, its gradient with respect to the
-    student's logits is q * (log q - log p - KL): a word that the student likes better than the teacher does
-    goes down.)"""
+    loss, write its formula here; autograd does the rest. (Eq. 1's gradient with respect to the student's
+    logits is q * (log q - log p - KL): words that the student likes better than the teacher go down.)"""
     if kind == "reverse_kl":  # KL(q || p), Eq. 1
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind == "forward_kl":  # KL(p || q)
@@ -184,10 +175,9 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
     """sum_n weight_n * divergence_n, without its graph -> divergence [N], the student's entropy [N], and the
     sum's gradient with respect to the student's hidden states [N, H] and LM head [V, H].
 
-    At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, and softmax, its gradient
-    and the teacher's copy multiply that. So the LM heads are applied to a chunk of tokens at a time, and its
-    gradient is taken on the spot: nothing is kept and no matmul is done twice. All of it is fp32, since
-    logits rounded to bf16 would hide the small differences that late training is about.
+    At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, several times over. So the
+    LM heads are applied to a chunk of tokens at a time, and its gradient is taken on the spot: nothing is
+    kept and no matmul is done twice. bf16 logits would hide the small differences late training is about.
     """
     hidden, head = student_hidden.float(), student_head.float()
     teacher_hidden, teacher_head = teacher_hidden.float(), teacher_head.float()
@@ -200,6 +190,7 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
         with torch.enable_grad():
             log_q = logits.log_softmax(-1)  # [chunk, V]
             loss = divergence(log_q, log_p, cfg.divergence)  # [7]
+        # with respect to hidden @ head.T, which logits are after the division
         (grad,) = torch.autograd.grad(loss, logits, weight[chunk] / cfg.temperature)
         losses[chunk] = loss
         entropies[chunk] = -(log_q.exp() * log_q).sum(-1)
@@ -210,12 +201,9 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
 
 
 def response_states(model, prompts, responses):
-    """The hidden states that predict the response tokens, end to end -> [N, H], and the LM head [V, H].
-
-    Prompt and response are padded on the right, where causal attention never looks, so no mask is needed. The
-    two roles' prompts differ in length: positions are picked per sequence. Token t of a response is predicted
-    from the position before it.
-    """
+    """The hidden states that predict the response tokens, end to end -> [N, H], and the LM head [V, H]. Each
+    token is predicted from the position before it. Sequences are padded on the right, where causal attention
+    never looks, so no mask is needed."""
     ids = pad_sequence([torch.tensor(x + y) for x, y in zip(prompts, responses)], batch_first=True)  # [B, S]
     hidden = model.hidden_states(ids.to(DEVICE))  # [B, S, H]
     picked = [h[len(x) - 1 : len(x) + len(y) - 1] for h, x, y in zip(hidden, prompts, responses)]
@@ -224,10 +212,7 @@ def response_states(model, prompts, responses):
 
 def accumulate_gradient(student, teacher, batch, responses, cfg):
     """Backward through this process's share of the batch -> for each response its divergence [T] and the
-    student's entropy [T].
-
-    FSDP averages gradients over processes. With equal shares that is exactly the mean over the batch.
-    """
+    student's entropy [T]. FSDP averages gradients over processes: with equal shares, the batch's mean."""
     scores = {}
     by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # alike in length: little padding
     for at in range(0, len(batch), cfg.micro_batch_size):
@@ -243,18 +228,16 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
             hidden, head, teacher_hidden, teacher_head, weight, cfg
         )
         teacher.reshard()  # FSDP leaves this to a backward pass, which the teacher never has
-        hidden.backward(grad_hidden)  # through the student; FSDP reduces head.grad with the rest
+        hidden.backward(grad_hidden)  # through the rest of the student; FSDP reduces head.grad with it
         scores |= zip(rows, zip(loss.split(T), entropy.split(T)))
     return zip(*(scores[i] for i in range(len(batch))))
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
 def rollout(model, prompts, sampling, seed):
-    """One response per prompt with plain `generate` on an ordinary model -> lists of token ids.
-
-    A response ends with its EOS, which is scored like any token (when to stop is what is being learnt), or at
-    the cap. The sampled ids are kept, since their text need not turn into the same ids again.
-    """
+    """One response per prompt with plain `generate` on an ordinary model -> lists of token ids, as sampled
+    (their text need not turn into the same ids again). A response ends at the cap or with its EOS, which is
+    scored like any token: when to stop is what is being learnt."""
     torch.manual_seed(random.Random(repr(seed)).getrandbits(63))
     texts = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(texts, True, sampling.pad_token_id, "left").to(DEVICE)  # [B, P]
@@ -275,7 +258,7 @@ def train(cfg):
     tokenizer, stop_tokens, context, version = inspect_model(cfg.model)
     prompts = load_prompts(cfg, tokenizer, context)
     settings = asdict(cfg) | {"model_files": version, "prompts": digest(prompts)}
-    lock = open_run(cfg.out, settings, RESUME_MAY_CHANGE, cfg.resume)  # noqa: F841, held to the end
+    open_run(cfg.out, settings)
     start_processes()
     student = shard(load_model(cfg.model, "auto")).float()  # bf16 is too coarse for steps of 1e-6
     teacher = shard(load_model(cfg.model, COMPUTE_DTYPE)).requires_grad_(False)
@@ -378,7 +361,7 @@ def fail(message, code=2):
 
 def first_line(error):
     """What an error says, or the first of those that a checkpoint's processes had."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0] or type(error).__name__
 
@@ -465,13 +448,13 @@ def shard(model):
     if wrong := misreading(model, scored=True):
         fail(f"--model: {type(model).__name__} cannot be used, {wrong}")
     policy = MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(DEVICE.type, (WORLD,))
+    mesh = dist.init_device_mesh(DEVICE.type, (WORLD,))
     for unit in [*model.base_model.layers, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if CUDA:  # without it the activations of one 8,192-token response fill a GPU
         model.activation_checkpointing_enable()
         for layer in model.base_model.layers:
-            layer.training = True  # Hugging Face's switch; the modules inside stay in eval mode: no dropout
+            layer.training = True  # it recomputes only then; the modules in it stay as they are: no dropout
     # A forward pass that stops before the LM head, with FSDP's steps around it as around forward().
     model.hidden_states = lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     register_fsdp_forward_method(model, "hidden_states")
@@ -548,8 +531,7 @@ def load_prompts(cfg, tokenizer, context):
     if longest + cfg.max_response_tokens > context:
         most = f"the context of {context} leaves {context - longest} after a prompt of {longest} tokens"
         fail(f"--max_response_tokens is {cfg.max_response_tokens}, but {most}")
-    skipped = f"{len(rows) - len(fitting)} skipped as over {cfg.max_prompt_tokens} tokens"
-    say(f"{len(fitting)} prompts from {cfg.data}, {skipped}")
+    say(f"{len(fitting)} of {len(rows)} prompts fit --max_prompt_tokens {cfg.max_prompt_tokens}")
     return fitting
 
 
@@ -620,28 +602,28 @@ def draw_batch(prompts, step, cfg):
     share = cfg.batch_size // WORLD
     begin = (step - 1) * cfg.batch_size + RANK * share
     positions = [divmod(position, len(prompts)) for position in range(begin, begin + share)]
-    order = {epoch: list(range(len(prompts))) for epoch, _ in positions}
-    for epoch in order:
-        random.Random(f"{cfg.seed} {epoch}").shuffle(order[epoch])
-    return [prompts[order[epoch][i]] for epoch, i in positions]
+    shuffled = {epoch: list(prompts) for epoch, _ in positions}
+    for epoch in shuffled:
+        random.Random(f"{cfg.seed} {epoch}").shuffle(shuffled[epoch])
+    return [shuffled[epoch][i] for epoch, i in positions]
 
 
 # ----------------------------------------------------------------------------------------- folder, checkpoint
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-RESUME_MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
+MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
 
 
-def open_run(out, settings, free=(), resume=True):
-    """Write config.json into the folder `out` -> a lock on it, to be kept. Refused, so that nothing is
+def open_run(out, settings):
+    """Lock the folder `out` until this process ends, and write config.json. Refused, so that nothing is
     overwritten: other files, a run that is still going on, to begin one where there is one, to resume one of
-    other settings (`free` ones aside) or without its checkpoint."""
+    other settings or without its checkpoint."""
     if RANK > 0:
-        return None
-    out, before = Path(out), settings
+        return
+    out, before, resume = Path(out), settings, settings.get("resume", True)  # eval.py always resumes
     try:
         if out.is_dir() and set(os.listdir(out)) - {".lock", "config.json.partial"}:
             before = json.loads((out / "config.json").read_text())
-        changed = [key for key in settings if key not in free and before[key] != settings[key]]
+        changed = [key for key in settings if key not in MAY_CHANGE and before[key] != settings[key]]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
     if resume and changed:
@@ -652,8 +634,8 @@ def open_run(out, settings, free=(), resume=True):
     config = settings | {"versions": versions, "date": f"{DATE:%Y-%m-%d}", "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if any((out / log).exists() for log in LOGS):
             if not resume:
                 fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
@@ -666,14 +648,13 @@ def open_run(out, settings, free=(), resume=True):
         fail(f"--out {out}: another process is writing there")
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
-    return lock
 
 
 def training_state(student, teacher, optimizer):
-    """Every tensor the next step depends on, by name. They are changed in place, so this is made once. All
-    else is a function of seed, step and process."""
+    """Every tensor the next step depends on, by name; all else is a function of seed, step and process. They
+    change in place, and a checkpoint is loaded in place: so AdamW's are made before its first step."""
     state = {f"teacher.{name}": p for name, p in teacher.named_parameters()}
-    for name, p in student.named_parameters():  # the moments as AdamW would make them in its first step
+    for name, p in student.named_parameters():
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
         state |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[p].items()}
@@ -686,16 +667,12 @@ def save_checkpoint(cfg, step, state):
     loaded. The folder takes its name once it is complete: a kill leaves the old one or the new one."""
     path = Path(cfg.out, "checkpoint", f"step_{step}")
     partial = path.with_name(f"{path.name}.partial")
-    if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
     files = {name: 1 + i // 64 for i, name in enumerate(state)}  # host memory holds one at a time
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), files, save_distributed=True))
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), files, save_distributed=True))
     if RANK == 0:
         partial.rename(path)
-        for other in path.parent.iterdir():
-            if other != path:
-                shutil.rmtree(other, ignore_errors=True)  # a file is none of ours
+        for other in {*path.parent.iterdir()} - {path}:
+            shutil.rmtree(other, ignore_errors=True)  # a file is none of ours
 
 
 def export(cfg, step, student, tokenizer):
@@ -707,7 +684,6 @@ def export(cfg, step, student, tokenizer):
     model = unsharded(student, torch.bfloat16)
     if RANK == 0:
         partial = path.with_name(f"{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial)
         source = Path(tokenizer.name_or_path)
@@ -726,16 +702,19 @@ def load_checkpoint(cfg, state):
     step, folder = last_checkpoint(cfg.out) if cfg.resume else 0, Path(cfg.out, "checkpoint")
     if step:
         try:
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / f"step_{step}")))
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / f"step_{step}")))
+        except dcp.CheckpointException as error:  # around whatever went wrong
             fail(f"--resume: {folder}/step_{step} is damaged ({first_line(error)}): choose another --out", 1)
     if cfg.resume:
         say(f"continuing after step {step}" if step else "no checkpoint yet: beginning with step 1")
     if RANK == 0:
         folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
+        for partial in [*Path(cfg.out).rglob("step_*.partial")]:  # of a save that a kill cut short
+            shutil.rmtree(partial)
         for log in (Path(cfg.out, log) for log in LOGS):
             if log.exists():
-                replace_file(log, "".join(json_line(x) for x in read_lines(log) if x["step"] <= step))
+                kept = [json.dumps(x) + "\n" for x in read_lines(log) if x["step"] <= step]
+                replace_file(log, "".join(kept))
     return step
 
 
@@ -745,11 +724,9 @@ def last_checkpoint(out):
 
 # ------------------------------------------------------------------------------------------- logs, JSON files
 def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
-    """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together.
-
-    `rows` are this process's ((x, xc), y, KL of each token of y, entropy of each), `figures` what else is
-    logged, `left` the seconds to go. From a rollout's record anyone can compute its loss again.
-    """
+    """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together. `rows`
+    are this process's ((x, xc), y, KL [T], entropy [T]), `figures` what else is logged, `left` the seconds to
+    go."""
     records = []
     for (x, xc), y, kl, entropy in rows:
         ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
@@ -774,18 +751,15 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
     }
     for name, lines in zip(LOGS, ([metrics], records[: cfg.log_rollouts])):
         with Path(cfg.out, name).open("a", encoding="utf-8") as file:
-            file.writelines(map(json_line, lines))
+            for line in lines:  # NaN and infinity, which JSON does not know, become null
+                line = json.loads(json.dumps(line), parse_constant=lambda _: None)
+                file.write(json.dumps(line) + "\n")
     for what in ("student_prompt", "teacher_prompt", "response") if step == 1 else ():
         say(f"--- {what} ---\n{records[0][what]}")
     line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
     line += "  entropy {entropy:.3f}  {seconds:.1f} s"
     skipped = "  update skipped: gradient not finite" * metrics["skipped"]
     say(f"{line.format(**metrics, steps=cfg.steps)}  left {timedelta(seconds=round(left))}{skipped}")
-
-
-def json_line(record):
-    """NaN and infinity, which JSON does not know, become null."""
-    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n"
 
 
 def read_lines(path):
@@ -847,8 +821,7 @@ def main():
         fail("--temperature is 0.0, must be above 0: rollouts are samples")
     unit = WORLD * cfg.micro_batch_size
     if cfg.batch_size % unit:
-        split = f"{WORLD} processes take {cfg.micro_batch_size} (--micro_batch_size) at a time"
-        fail(f"--batch_size is {cfg.batch_size}, must be a multiple of {unit}: {split}")
+        fail(f"--batch_size is {cfg.batch_size}, must be a multiple of processes * micro_batch_size = {unit}")
     try:
         train(cfg)
     except RuntimeError as error:
@@ -856,7 +829,7 @@ def main():
             raise
         advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)
-    except (OSError, SafetensorError, CheckpointException) as error:  # what is loaded has messages of its own
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:  # loading has messages of its own
         fail(f"--out {cfg.out} could not be written: {first_line(error)}. {CONTINUE}", 1)
     except KeyboardInterrupt:  # while loading
         fail("interrupted", 130)

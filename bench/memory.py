@@ -243,8 +243,8 @@ def simulate(name, world, *case):
 
     memory = Simulated()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    mesh = opsdc.init_device_mesh("cpu", (world,))
-    opsdc.init_device_mesh = lambda *_, **__: mesh  # made before: it and the next two functions read data
+    mesh = opsdc.dist.init_device_mesh("cpu", (world,))
+    opsdc.dist.init_device_mesh = lambda *_, **__: mesh  # made before: it and the next two read data
     opsdc.misreading = lambda *_, **__: ""
     masking_utils.find_packed_sequence_indices = lambda positions: None  # several texts in a row: here never
     if not name.startswith("small"):  # these are compared with processes on a CPU
