@@ -190,7 +190,7 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
         with torch.enable_grad():
             log_q = logits.log_softmax(-1)  # [chunk, V]
             loss = divergence(log_q, log_p, cfg.divergence)  # [7]
-        # with respect to hidden @ head.T, which logits are after the division
+        # with respect to the logits before they are divided by the temperature
         (grad,) = torch.autograd.grad(loss, logits, weight[chunk] / cfg.temperature)
         losses[chunk] = loss
         entropies[chunk] = -(log_q.exp() * log_q).sum(-1)
@@ -454,7 +454,7 @@ def shard(model):
     if CUDA:  # without it the activations of one 8,192-token response fill a GPU
         model.activation_checkpointing_enable()
         for layer in model.base_model.layers:
-            layer.training = True  # it recomputes only then; the modules in it stay as they are: no dropout
+            layer.training = True  # else it does not recompute; what is inside stays in eval mode: no dropout
     # A forward pass that stops before the LM head, with FSDP's steps around it as around forward().
     model.hidden_states = lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     register_fsdp_forward_method(model, "hidden_states")

@@ -166,12 +166,10 @@ def decoding():
     fused = lambda x, h: torch.nn.functional.rms_norm(h, h.shape[-1:], x.weight, x.variance_epsilon)  # noqa: E731
     variants = {"as it is": ({}, plain), "F.rms_norm": ({}, fused), "static cache, compiled": (whole, plain)}
     for what, (settings, norm) in [*variants.items()] * 2:  # in turn: the first time warms up
-        sampling = opsdc.sampling_settings([0], T)
-        sampling.update(suppress_tokens=[0], **settings)  # without its EOS no response ends early
         with patch.object(Qwen3RMSNorm, "forward", norm):
             (torch.cuda.reset_peak_memory_stats if CUDA else wait)()
             began = time.perf_counter()
-            opsdc.rollout(model, [[1] * (P - i) for i in range(4)], sampling, 0)
+            memory.write_responses(model, [[1] * (P - i) for i in range(4)], T, **settings)
         seconds = time.perf_counter() - began  # it ends with a list of ids: the GPU is idle
         peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
         report(f"| {what} | {1000 * seconds / T:.1f} | {peak:.1f} |")

@@ -157,10 +157,10 @@ def one_step(name, share, P, T, largest, memory, write):
     yield "AdamW's step"
 
 
-def write_responses(model, prompts, T):
+def write_responses(model, prompts, T, **settings):
     """T tokens each: without its EOS no response ends early."""
     sampling = opsdc.sampling_settings([0], T)
-    sampling.suppress_tokens = [0]
+    sampling.update(suppress_tokens=[0], **settings)
     opsdc.rollout(model, prompts, sampling, 0)
 
 

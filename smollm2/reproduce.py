@@ -119,7 +119,7 @@ def evaluate(args, name, folder, hows, instruction=""):
             record["right"] = contains(text, row["answer"]) if "answer" in row else None
             records.append(record)
         if how == "others":
-            base = load(args.out / "base")
+            base = model if name == "base" else load(args.out / "base")
             written = records if name == "base" else read_lines(args.out / "base-others.jsonl")
             for record, x, theirs in zip(records, prompts, written):
                 with torch.inference_mode():
