@@ -457,7 +457,6 @@ def test_rehearsal_on_a_gpu_runs_without_one():
     report = ended(launch(command(script="bench/gpu.py")))
     assert report.count("**Holds:**") == 5 and "DOES NOT HOLD" not in report, report
     rows = [re.split(r" *\| *", line)[1:-1] for line in report.splitlines() if line.startswith("| ")]
-    phases, decoding, figures = rows[2:5], rows[7:13], rows[15:]
+    phases, figures = rows[2:5], rows[7:]
     assert all(float(simulated) > 0 for _, simulated, _ in phases), report
-    assert all(float(ms) > 0 for _, ms, _ in decoding), report
     assert len(figures) == 5 and all(float(seconds) > 0 for _, seconds in figures[:3]), report

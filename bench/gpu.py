@@ -4,36 +4,30 @@
 
 What must hold, or it says "DOES NOT HOLD": the toy trains as on the CPU, silently, and nothing piles up; loss
 and gradient are those of plain autograd in float64; a step at Qwen3-8B's width has the memory that memory.py
-says. Then what would decode faster, and five figures, on which the estimates in README.md rest. Nothing is
-downloaded; the toy apart, all weights are random. Without CUDA all shapes are tiny: a test of the script.
+says. Then five figures, on which the estimates in README.md rest. Nothing is downloaded; the toy apart, all
+weights are random. Without CUDA all shapes are tiny: a test of the script.
 """
 
 import gc
-import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import memory  # the script beside this one; it lets torch have one thread
 import torch
-import transformers
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import opsdc
 
 TOY = str(Path(opsdc.__file__).resolve().parent / "toy")
 CUDA = opsdc.CUDA
 wait = torch.cuda.synchronize if CUDA else int  # for an idle GPU
-report = partial(print, file=sys.stdout, flush=True)  # opsdc.py prints too, but not there
+opsdc.say = lambda message: None  # not into the report
 # A step as on one of 8 GPUs, but of six layers: 4 prompts, tokens of a prompt, of a response, micro-batch.
 CASE = ("Qwen3-8B/6", 1, 4, 1024, 8192, 1) if CUDA else ("tiny", 1, 2, 48, 48, 1)
 TOY_RUN = "--batch_size 32 --max_response_tokens 320 --steps 20"
@@ -43,28 +37,24 @@ TOY_RUN = TOY_RUN if CUDA else "--batch_size 4 --max_response_tokens 32 --steps 
 def main():
     opsdc.start_processes()  # before the first byte on the GPU: it chooses how its memory is handed out
     machine = torch.cuda.get_device_properties(opsdc.DEVICE) if CUDA else "no CUDA: tiny shapes"
-    report(f"# The rehearsal\n\ntorch {torch.__version__}, {machine}")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    with redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
+    print(f"# The rehearsal\n\ntorch {torch.__version__}, {machine}")
+    with ThreadPoolExecutor() as pool:
         simulated = pool.submit(memory.step_memory, "simulated", *CASE)  # on the CPU, meanwhile
         figures = toy()
         gradient()
         figures |= step(simulated.result())
-        decoding()
     torch.distributed.destroy_process_group()
-    report("\n## Five figures\n\n| | |\n| --- | ---: |")
-    for what, figure in figures.items():
-        report(f"| {what} | {figure} |")
+    print("\n## Five figures\n\n| | |\n| --- | ---: |")
+    print(*(f"| {what} | {figure} |" for what, figure in figures.items()), sep="\n")
 
 
 def verdict(holds, what):
-    report(f"\n**{'Holds' if holds else 'DOES NOT HOLD'}:** {what}")
+    print(f"\n**{'Holds' if holds else 'DOES NOT HOLD'}:** {what}")
 
 
 def toy():
     """-> one of the five figures."""
-    report("\n## The toy")
+    print("\n## The toy")
     means = []
     for where, env in (("here", {}), ("on the CPU", {"CUDA_VISIBLE_DEVICES": ""}))[: 1 + CUDA]:
         with tempfile.TemporaryDirectory() as out:
@@ -74,7 +64,7 @@ def toy():
             verdict(not done.stderr, f"opsdc.py says nothing on stderr: {done.stderr!r}")
             steps = opsdc.read_lines(Path(out, "run", "metrics.jsonl"))
         means.append([fmean(one[what] for one in steps) for what in ("response_tokens", "loss", "seconds")])
-        report(f"\n{where}: {{:.4g}} tokens, loss {{:.4g}}, {{:.2f}} s a step".format(*means[-1]))
+        print(f"\n{where}: {{:.4g}} tokens, loss {{:.4g}}, {{:.2f}} s a step".format(*means[-1]))
         first, last = steps[1]["peak_memory_gb"], steps[-1]["peak_memory_gb"]
         verdict(last < 1.1 * first, f"nothing piles up: peak {first:.3f} GB after step 2, {last:.3f} at last")
     apart = max(abs(a / b - 1) for a, b in zip(means[0][:2], means[-1]))
@@ -83,8 +73,8 @@ def toy():
 
 
 def gradient():
-    cfg = opsdc.Config(model=TOY, data=f"{TOY}/train.jsonl", batch_size=8, micro_batch_size=4)
-    cfg.max_response_tokens = 128
+    flags = ["--model", TOY, "--data", f"{TOY}/train.jsonl", "--max_response_tokens", "128"]
+    cfg = opsdc.parse_args(opsdc.Config, "", [*flags, "--batch_size", "8", "--micro_batch_size", "4"])
     tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
     batch = opsdc.draw_batch(opsdc.load_prompts(cfg, tokenizer, context), 1, cfg)
     model = opsdc.load_model(TOY, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
@@ -97,7 +87,7 @@ def gradient():
     ours = torch.stack([x.mean() for x in losses]).mean().cpu(), torch.cat(grads)
     off = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, plain_gradient(batch, responses))]
     limit = 0.05 if CUDA else 1e-4  # computed in bf16; in fp32
-    report("\n## Loss and gradient of one batch, off from float64")
+    print("\n## Loss and gradient of one batch, off from float64")
     verdict(max(off) < limit, f"loss {off[0]:.1e}, gradient {off[1]:.1e} (by norms), limit {limit}")
 
 
@@ -117,7 +107,7 @@ def plain_gradient(batch, responses):
 
 def step(simulated):
     """memory.one_step with real tensors, its peaks beside the simulated ones -> four of the five figures."""
-    report("\n## Peak memory of a step\n\n| | simulated GB | measured GB |\n| --- | ---: | ---: |")
+    print("\n## Peak memory of a step\n\n| | simulated GB | measured GB |\n| --- | ---: | ---: |")
     name, _, share, P, T, size = CASE
     spent, peaks, holds = {}, [], True
     watch = SimpleNamespace(restart=torch.cuda.reset_peak_memory_stats if CUDA else gc.collect)
@@ -125,28 +115,27 @@ def step(simulated):
         pass  # libraries take what they keep
     gc.collect()
 
-    def timed(owner, name):
-        plain = getattr(owner, name)
-
+    def timed(plain):
         def function(*args):
             wait()
             began = time.perf_counter()
             result = plain(*args)
             wait()
-            spent[name] = time.perf_counter() - began  # the last of them
+            spent[plain.__name__] = time.perf_counter() - began  # the last of them
             return result
 
-        return patch.object(owner, name, function)
+        return function
 
-    with timed(opsdc, "rollout"), timed(opsdc, "loss_and_gradient"), timed(opsdc, "accumulate_gradient"):
-        phases = memory.one_step(name, share, P, T, size, watch, memory.write_responses)
-        for phase, uses in simulated.items():
-            next(phases)
-            expected, peak = sum(uses.values()), torch.cuda.max_memory_allocated() if CUDA else 0
-            report(f"| {phase} | {expected / 1e9:.3f} | {peak / 1e9:.3f} |")
-            holds &= 0.9 < peak / expected < 1.1 or not CUDA
-            peaks.append(peak)
-            watch.restart()
+    for function in (opsdc.rollout, opsdc.loss_and_gradient, opsdc.accumulate_gradient):
+        setattr(opsdc, function.__name__, timed(function))
+    phases = memory.one_step(name, share, P, T, size, watch, memory.write_responses)
+    for phase, uses in simulated.items():
+        next(phases)
+        expected, peak = sum(uses.values()), torch.cuda.max_memory_allocated() if CUDA else 0
+        print(f"| {phase} | {expected / 1e9:.3f} | {peak / 1e9:.3f} |")
+        holds &= 0.9 < peak / expected < 1.1 or not CUDA
+        peaks.append(peak)
+        watch.restart()
     verdict(holds, "no peak is a tenth off (of a GPU's)")
     return {
         f"a token of {share} responses, {name} (model/layers), ms": f"{1000 * spent['rollout'] / T:.2f}",
@@ -154,25 +143,6 @@ def step(simulated):
         "of it the loss, s": f"{spent['loss_and_gradient']:.2f}",
         "peak of that step, GB": f"{max(peaks) / 1e9:.1f}",
     }
-
-
-def decoding():
-    """A token of a rollout, 4 rows: as it is, with fewer kernels, and compiled (transformers does that by
-    itself on CUDA where the KV cache has a fixed size)."""
-    name, P, T = ("Qwen3-8B/12", 512, 300) if CUDA else ("tiny", 8, 4)
-    report(f"\n## Decoding, {name} (model/layers)\n\n| | ms a token | GB at most |\n| --- | ---: | ---: |")
-    model = memory.make_model(name, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
-    plain, whole = Qwen3RMSNorm.forward, {"cache_implementation": "static", "max_cache_len": sum(CASE[3:5])}
-    fused = lambda x, h: torch.nn.functional.rms_norm(h, h.shape[-1:], x.weight, x.variance_epsilon)  # noqa: E731
-    variants = {"as it is": ({}, plain), "F.rms_norm": ({}, fused), "static cache, compiled": (whole, plain)}
-    for what, (settings, norm) in [*variants.items()] * 2:  # in turn: the first time warms up
-        with patch.object(Qwen3RMSNorm, "forward", norm):
-            (torch.cuda.reset_peak_memory_stats if CUDA else wait)()
-            began = time.perf_counter()
-            memory.write_responses(model, [[1] * (P - i) for i in range(4)], T, **settings)
-        seconds = time.perf_counter() - began  # it ends with a list of ids: the GPU is idle
-        peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
-        report(f"| {what} | {1000 * seconds / T:.1f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The simulation runs the code of opsdc.py on tensors that have a shape and no dat
 other members do not exist. The worst case is taken: all prompts at their limit, all responses at the cap.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -31,7 +30,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import opsdc
 
-SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary, tied embeddings, as config.json says
+KEYS = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size tie_word_embeddings"
+SIZES = {  # the values of these in config.json
     "Qwen3-0.6B": (1024, 28, 16, 3072, 151_936, True),
     "Qwen3-1.7B": (2048, 28, 16, 6144, 151_936, True),
     "Qwen3-4B": (2560, 36, 32, 9728, 151_936, True),
@@ -79,26 +79,22 @@ def gpus():
 
 def hours():
     """100 steps. A rollout is the longest response, token by token; training has responses of mean length."""
-    # TB/s; TFLOP/s in bf16 and in TF32
-    cards = {"24 GB": (0.9, 60, 30), "H100": (3, 400, 200), "H200": (4.3, 400, 200)}
+    cards = {"24 GB": (0.9, 60, 30), "H100": (3, 400, 200), "H200": (4.3, 400, 200)}  # TB/s, TFLOP/s
     print("| | GPUs | prompts | rollout, s | training, s | hours | GPU hours |\n| --- |" + " ---: |" * 6)
     for name, card, world, cap in (
         ("0.6B", "24 GB", 1, T // 4), ("0.6B", "H100", 1, T), ("1.7B", "H100", 1, T), ("4B", "H100", 2, T),
-        ("8B", "H100", 4, T), ("8B", "H100", 8, T), ("8B", "H100", 16, T), ("8B", "H100", 32, T),
-        ("8B", "H100", 64, T), ("14B", "H100", 8, T), ("32B", "H200", 16, T),
+        *(("8B", "H100", 2**i, T) for i in range(2, 7)), ("14B", "H100", 8, T), ("32B", "H200", 16, T),
     ):  # fmt: skip
         read, bf16, tf32 = (1e12 * speed for speed in cards[card])
         hidden, layers, heads, intermediate, vocabulary, _ = SIZES[f"Qwen3-{name}"]
         body, head = layers * hidden * (256 * (heads + 8) + 3 * intermediate), hidden * vocabulary
         batch, mean, prompt = max(BATCH, world), min(6000, 0.88 * cap), 256
         cache = 3 * batch / world * layers * 2 * 8 * 128 * 2  # bytes that are moved for each token in it
-        launch = (2.8 + 0.73 * layers) / 1000  # on an H200: 7.2 ms with 6 layers, 29 with 36
-        token = max(launch, 2 * (body + head) / read)
+        token = max((2.8 + 0.73 * layers) / 1000, 2 * (body + head) / read)  # 6 layers: 7.2 ms, 36: 29
         rollout = sum(token + cache * (prompt + t) / read for t in range(cap))
         S = prompt + mean
         train = 10 * body * S / bf16 + 5.5 * 2 * S * S * heads * 128 * layers / bf16 + 8 * head * mean / tf32
-        if world > 1:
-            train += 10 * (body + 2 * head) * (1 - 1 / world) / (150e9 if world <= 8 else 40e9)
+        train += 10 * (body + 2 * head) * (1 - 1 / world) / (150e9 if world <= 8 else 40e9)
         train *= batch / world
         total = 100 * (rollout + train) / 3600
         cells = world, batch, f"{rollout:.0f}", f"{train:.0f}", f"{total:.1f}", f"{world * total:.0f}"
@@ -119,12 +115,8 @@ def step_memory(how, *case):
 def make_model(name, dtype):
     """Random weights in host memory; "Qwen3-8B/5" has five layers. If there is a GPU, it draws them."""
     name, _, fewer = name.partition("/")
-    hidden, layers, heads, intermediate, vocabulary, tied = SIZES[name]
-    config = Qwen3Config(
-        hidden_size=hidden, num_hidden_layers=int(fewer or layers), num_attention_heads=heads, head_dim=128,
-        num_key_value_heads=min(8, heads), intermediate_size=intermediate, vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+    sizes = dict(zip(KEYS.split(), SIZES[name])) | ({"num_hidden_layers": int(fewer)} if fewer else {})
+    config = Qwen3Config(**sizes, num_key_value_heads=min(8, sizes["num_attention_heads"]), head_dim=128)
     with opsdc.DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.cpu().eval() if opsdc.DEVICE.type == "cuda" else model.eval()
@@ -157,10 +149,10 @@ def one_step(name, share, P, T, largest, memory, write):
     yield "AdamW's step"
 
 
-def write_responses(model, prompts, T, **settings):
+def write_responses(model, prompts, T):
     """T tokens each: without its EOS no response ends early."""
     sampling = opsdc.sampling_settings([0], T)
-    sampling.update(suppress_tokens=[0], **settings)
+    sampling.suppress_tokens = [0]
     opsdc.rollout(model, prompts, sampling, 0)
 
 
@@ -182,8 +174,7 @@ def report(phases, memory):
     for phase in phases:
         peaks[phase] = dict(memory.peak)
         memory.restart()
-    if opsdc.RANK == 0:
-        print(json.dumps(peaks), flush=True)
+    opsdc.say(json.dumps(peaks))
     torch.distributed.destroy_process_group()
 
 
@@ -207,29 +198,17 @@ class Simulated(TorchDispatchMode):
         for x in tree_leaves(result) if self.use else []:
             if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in self.known:
                 storage = x.untyped_storage()
-                gone = weakref.ref(storage, functools.partial(self.resize, id(storage), 0))
-                self.known[id(storage)] = [self.use, 0, gone]
+                weakref.finalize(storage, self.resize, id(storage), 0, gone=True)
                 self.resize(id(storage), storage.nbytes())
         return result
 
-    def resize(self, key, size, gone=None):
-        use, before, _ = self.known[key]
+    def resize(self, key, size, gone=False):
+        use, before = self.known.pop(key, (self.use, 0))
         self.now[use] += size - before
-        self.known[key][1] = size
-        if gone is not None:
-            del self.known[key]
+        if not gone:
+            self.known[key] = use, size
         if sum(self.now.values()) > sum(self.peak.values()):
             self.peak = self.now.copy()
-
-    def during(self, owner, name, use):
-        """Count what the function `name` of `owner` makes as of this use."""
-        plain = getattr(owner, name)
-
-        def function(*args, **kwargs):
-            with patch.object(self, "use", use):
-                return plain(*args, **kwargs)
-
-        setattr(owner, name, function)
 
 
 def simulate(name, world, *case):
@@ -256,14 +235,15 @@ def simulate(name, world, *case):
             memory.resize(id(storage), size)
 
     torch.UntypedStorage.resize_ = resize
-    memory.during(AutoModelForCausalLM, "from_config", None)  # in host memory, or without any
-    memory.during(ShardingPropagator, "_propagate_tensor_meta_non_cached", None)  # shapes of whole weights
-    memory.during(opsdc, "unsharded", "gathered weights")
-    memory.during(FSDPParamGroup, "unshard", "gathered weights")
-    memory.during(FSDPParamGroup, "wait_for_unshard", "gathered weights")
-    memory.during(FSDPParamGroup, "post_backward", "gradients")
-    memory.during(DynamicLayer, "update", "KV cache")
-    memory.during(opsdc, "loss_and_gradient", "loss")
+    for owner, name_of, use in (
+        (AutoModelForCausalLM, "from_config", None),  # in host memory, or without any
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached", None),  # shapes of whole weights
+        (opsdc, "unsharded", "gathered weights"), (FSDPParamGroup, "unshard", "gathered weights"),
+        (FSDPParamGroup, "wait_for_unshard", "gathered weights"), (DynamicLayer, "update", "KV cache"),
+        (FSDPParamGroup, "post_backward", "gradients"), (opsdc, "loss_and_gradient", "loss"),
+    ):  # fmt: skip
+        # what these make counts as of this use
+        setattr(owner, name_of, patch.object(memory, "use", use)(getattr(owner, name_of)))
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         report(one_step(name, *case, memory, write_first_and_last), memory)
 

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 import datasets
 import torch
@@ -35,10 +35,10 @@ WORDS = 151_936  # of Qwen3
 SIDES = {
     "toy": (("opsdc.py", 4), ("TRL", 4)),  # who, and how many sequences at a time
     "wide": (("opsdc.py", 4), ("TRL", 4), ("TRL", 1)),
-    "loss": (  # how, hidden size, tokens
-        ("opsdc.py", 512, 1024), ("four matmuls", 512, 1024), ("opsdc.py", 512, 8192),
-        ("four matmuls", 512, 8192), ("opsdc.py", 4096, 1024), ("four matmuls", 4096, 1024),
-    ),
+    "loss": [  # how, hidden size, tokens
+        (how, *sizes)
+        for sizes in ((512, 1024), (512, 8192), (4096, 1024)) for how in ("opsdc.py", "four matmuls")
+    ],
 }  # fmt: skip
 WORK = {  # the first step warms up and is not counted
     "toy": {"batch_size": 32, "max_response_tokens": 320, "steps": 6},
@@ -52,8 +52,7 @@ def main(part, rounds=3):
     for turn in range(int(rounds)):
         for side, ones in found.items():
             command = [sys.executable, __file__, "--one", part, *map(str, side)]
-            env = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-            output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             ones.append(json.loads(output.splitlines()[-1]))
             print(turn + 1, *side, *(f"{what} {x:.6g}" for what, x in ones[-1].items()), sep=", ", flush=True)
     print(f"| medians: {part} |", " | ".join(ones[0]), "|\n| --- |" + " ---: |" * len(ones[0]))
