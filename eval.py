@@ -49,24 +49,18 @@ class Config:
 
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder, such as a step_N/ of opsdc.py")
     data: str = HfArg(
-        default="math500",
-        help="math500, aime24, aime25, gpqa, mmlu, or a file, saved dataset or hub name (name:split) with "
-        "problem and answer; several separated by commas",
+        default="math500", help="math500, aime24, aime25, gpqa, mmlu, file or hub name[:split], by commas"
     )
     n: int = HfArg(default=8, help="samples per problem (paper: 8); torchrun wants -- before eval.py for it")
     temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
     top_p: float = HfArg(default=0.95, help="nucleus sampling (paper: 0.95); 1 is off")
     top_k: int = HfArg(default=20, help="top-k sampling (paper: 20); 0 is off")
     max_response_tokens: int = HfArg(default=30000, help="a response cut off here is wrong (paper: 30000)")
-    batch_size: int = HfArg(
-        default=8,
-        help="responses of full length at a time per process, more while they are short; halved when memory "
-        "runs out",
-    )
+    batch_size: int = HfArg(default=8, help="responses of full length per process; halved if memory ends")
     limit: int = HfArg(default=0, help="first problems of each data set only; 0 is all")
     instruction: str = HfArg(default="", help="put into the prompt: v1, v2 or any text; empty is none")
     baseline: str = HfArg(default="", help="results.json of another run on the same data, to compare with")
-    out: str = HfArg(default="", help="folder for results; if empty, runs/eval/ and a name for the settings")
+    out: str = HfArg(default="", help="folder for results; if empty, one for these settings in runs/eval")
     seed: int = HfArg(default=0, help="seed of sampling")
 
 
@@ -225,8 +219,7 @@ def load_problems(cfg, tokenizer, context):
         try:
             rows = opsdc.load_rows(source, split, configuration)
         except ValueError as error:
-            gated = "; this one is gated: ask for access on its hub page, then log in with `hf auth login`"
-            fail(f"--data {name}: {first_line(error)}{gated if name == 'gpqa' else ''}")
+            fail(f"--data {name}: {first_line(error)}")
         for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
             try:
                 row, gold = with_gold(row)
@@ -244,13 +237,8 @@ def load_problems(cfg, tokenizer, context):
 
 
 def data_sets(data):
-    """The names in --data. A comma separates two, unless it belongs to a path."""
-    names, rest = [], [name.strip() for name in data.split(",")]
-    while rest:
-        whole = next((k for k in range(len(rest), 1, -1) if Path(",".join(rest[:k])).exists()), 1)
-        names.append(",".join(rest[:whole]))
-        rest = rest[whole:]
-    return names
+    """The names in --data. A comma separates two, unless the whole is a path."""
+    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
 
 
 def with_gold(row):
@@ -403,8 +391,8 @@ def compare(ours, baseline):
     r = mine["response_tokens"].mean() / mean
     _, reduction_se = mean_and_se((mine["response_tokens"] - r * theirs["response_tokens"]) / mean)
     change, change_se = mean_and_se(mine["accuracy"] - theirs["accuracy"])
-    keys = ("reduction", "reduction_se", "accuracy_change", "accuracy_change_se")
-    return dict(zip(keys, (1 - r, reduction_se, change, change_se)))
+    figures = {"reduction": 1 - r, "reduction_se": reduction_se}
+    return figures | {"accuracy_change": change, "accuracy_change_se": change_se}
 
 
 def report(samples, baseline):
@@ -453,7 +441,7 @@ def evaluate(cfg):
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
-    out = Path(cfg.out or default_out(settings))
+    out = Path(cfg.out or f"runs/eval/{Path(cfg.model).name}-{digest(settings)}")
     opsdc.open_run(out, settings)
     opsdc.start_processes()
 
@@ -478,12 +466,6 @@ def evaluate(cfg):
         say(table(results))
         say(f"\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
     dist.destroy_process_group()
-
-
-def default_out(settings):
-    words = [settings[name] for name in ("model", "data", "instruction")]
-    name = re.sub(r"[^\w.]+", "-", " ".join([*words, f"n{settings['n']}", f"t{settings['temperature']}"]))
-    return f"runs/eval/{name.strip('-')[:100]}-{digest(settings)[:6]}"
 
 
 def load_baseline(cfg, questions):
