@@ -329,7 +329,7 @@ def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part
                 seed = (cfg.seed, number)
                 responses = rollout_in_legs(model, prompts, limits, sampling, seed, rows)
             except RuntimeError as error:
-                if rows == 1 or not opsdc.out_of_memory(error):
+                if rows == 1 or not re.search(opsdc.OUT_OF_MEMORY, str(error)):
                     raise
                 rows //= 2
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
@@ -496,7 +496,7 @@ def main():
     try:
         evaluate(cfg)
     except RuntimeError as error:
-        if not opsdc.out_of_memory(error):
+        if not re.search(opsdc.OUT_OF_MEMORY, str(error)):
             raise
         fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
     except OSError as error:

@@ -311,6 +311,7 @@ def train(cfg):
 # --------------------------------------------------------------- plumbing: skip what follows on first reading
 # ----------------------------------------------------------------------------------------- processes, devices
 CONTINUE = "The same command with --resume continues after the last checkpoint."
+OUT_OF_MEMORY = "out of memory|ALLOC_FAILED"  # torch has a type for it; NCCL, cuBLAS and the driver say so
 
 
 def start_processes():
@@ -364,11 +365,6 @@ def first_line(error):
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def out_of_memory(error):
-    """Torch's allocator has a type for this. NCCL, cuBLAS, cuDNN and the driver only say so."""
-    return re.search("out of memory|ALLOC_FAILED", str(error))
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -825,7 +821,7 @@ def main():
     try:
         train(cfg)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not re.search(OUT_OF_MEMORY, str(error)):
             raise
         advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
         fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)

@@ -185,6 +185,8 @@ def child(flags, script="opsdc", env=None, output=None):
         file = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         importlib.reload(opsdc)  # it looks at the environment
+        for name in SIGNALS:  # under nohup it would have been born deaf to some
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     if flags[0] == "--fault":
         inject(flags[1])
         flags = flags[2:]
