@@ -35,12 +35,11 @@ from typing import NamedTuple
 
 import pandas
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import opsdc
-from opsdc import RANK, WORLD, digest, fail, first_line, say
+from opsdc import RANK, WORLD, digest, fail, one_line, say
 
 
 @dataclass
@@ -87,6 +86,8 @@ REWRITES = (  # what people write and what math-verify reads; SIGNS holds such p
     (r"(?<!\\)\\[,:;! ]|~", " "),
     (r"(?<=\d)\s+(\d+)/\s*(\d+)(?!\d)", r"\\frac{\1}{\2}"),  # 2 1/2
     (r"(?<=\d)[eE]([+-]?\s*\d+)\b", r"\\times 10^{\1}"),  # 3e8
+    (r"(\d*\.)(\d*)\\overline\{(\d+)\}",  # 0.1\overline{6} is 0.10 + 6/90
+     lambda m: f"({m[1]}{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
 )
 # What leads up to an answer, and what is said after it: why, what it is not, something in brackets.
 LEAD = r"(?i)^((.*\banswer is|[a-z ,']*?\b(is|are|choose|think|pick)|so|hence|thus|therefore|the|final|answer"
@@ -135,6 +136,8 @@ def matches(gold, text):
     gold, text = plain(gold), plain(text)
     if gold.replace(" ", "") == text.replace(" ", "") and not re.search(r"\d \d", text):
         return text != ""
+    if len({base for x in (gold, text) for base in re.findall(r"\d_\{?(\d+)\}?$", x)}) > 1:  # 12_8, 12_9
+        return False
     text = re.sub(LEAD, "", re.sub(REMARK, "", text))
     if re.fullmatch(r"\(?[A-Z]\)?", gold):
         return [letter.upper() for letter in re.findall(CHOICE, text)] == [gold.strip("()")]
@@ -186,7 +189,8 @@ def equivalent(gold, text):
         percent = (lambda hundredth: hundredth), (lambda hundredth: 1)  # 50% is 0.5 and 50
         pairs = [[x.replace(UnevaluatedExpr, part) for x in (gold, text)] for part in percent]
         return any(abs(a - b).evalf(60) <= abs(a).evalf(60) * error for a, b in pairs)
-    return bool(verify(gold, text, float_rounding=15, numeric_precision=40))
+    comparison = {"float_rounding": 15, "numeric_precision": 40, "allow_set_relation_comp": True}
+    return bool(verify(gold, text, **comparison))
 
 
 # --------------------------------------------------------------------------------------------------- problems
@@ -219,7 +223,7 @@ def load_problems(cfg, tokenizer, context):
         try:
             rows = opsdc.load_rows(source, split, configuration)
         except ValueError as error:
-            fail(f"--data {name}: {first_line(error)}")
+            fail(f"--data {name}: {one_line(error)}")
         for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
             try:
                 row, gold = with_gold(row)
@@ -314,7 +318,6 @@ def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part
     todo = [(number, unit) for number, unit in enumerate(units) if missing[number]]
     knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
     sampling = opsdc.sampling_settings(stop_tokens, *knobs)
-    model.generation_config = transformers.GenerationConfig()  # generate() fills gaps from it
     if wrong := opsdc.misreading(model):
         fail(f"--model {cfg.model} cannot be used, {wrong}")
     if not opsdc.misreading(model, part=4):  # the attention mask of a whole read grows with its square
@@ -441,7 +444,7 @@ def evaluate(cfg):
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
-    out = Path(cfg.out or f"runs/eval/{Path(cfg.model).name}-{digest(settings)}")
+    out = Path(cfg.out or f"runs/eval/{digest(settings)}-{Path(cfg.model).name}")
     opsdc.open_run(out, settings)
     opsdc.start_processes()
 
@@ -479,10 +482,10 @@ def load_baseline(cfg, questions):
         unlike = [name for name in questions if theirs["questions"].get(name) != questions[name]]
         results = theirs["results"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({first_line(error)})")
+        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({one_line(error)})")
     if other or unlike:
-        what = f"with {', '.join(other)}" if other else f"on other problems of {unlike[0]}"
-        fail(f"--baseline {cfg.baseline} was measured {what}")
+        what = f"was measured with {', '.join(other)}" if other else f"has no results on {unlike[0]} as it is"
+        fail(f"--baseline {cfg.baseline} {what}")
     return results
 
 
@@ -498,9 +501,9 @@ def main():
     except RuntimeError as error:
         if not re.search(opsdc.OUT_OF_MEMORY, str(error)):
             raise
-        fail(f"out of GPU memory at one response at a time ({first_line(error)}): use a larger GPU", code=1)
+        fail(f"out of GPU memory at one response at a time ({one_line(error)}): use a larger GPU", code=1)
     except OSError as error:
-        fail(f"{first_line(error)}; once that is mended, the same command continues", code=1)
+        fail(f"{one_line(error)}; once that is mended, the same command continues", code=1)
     except KeyboardInterrupt:
         fail("interrupted: the same command continues", code=130)
 

@@ -127,13 +127,13 @@ def student_messages(row):
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
     messages = row[column]
-    if isinstance(messages, str):
+    if isinstance(messages, str) and not re.match(r"\s*\[\W*(role|content)\b", messages):  # a list as a text
         messages = [{"role": "user", "content": messages}]
     try:
         if messages[-1]["role"] != "user" or not all(message["content"].strip() for message in messages):
             raise ValueError
     except (TypeError, LookupError, AttributeError, ValueError):
-        raise ValueError(f"{column} must be text, or chat messages that end with the user's, and not empty")
+        raise ValueError(f"{column} must be text, or a list of chat messages that ends with the user's")
     text = messages[-1]["content"]
     if options := option_texts(row):
         listed = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
@@ -248,8 +248,9 @@ def rollout(model, prompts, sampling, seed):
         output = model.generate(ids, attention_mask=mask, generation_config=sampling, streamer=progress)
     # Cut by position, through the first stop token, since that is also what pads the rest.
     responses = output[:, ids.size(1) :].tolist()
-    ends = ([t for t, token in enumerate(y, 1) if token in sampling.eos_token_id] for y in responses)
-    return [y[: end[0]] if end else y for y, end in zip(responses, ends)]
+    stop = sampling.eos_token_id
+    ends = (next((t for t, token in enumerate(y, 1) if token in stop), None) for y in responses)
+    return [y[:end] for y, end in zip(responses, ends)]
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -257,8 +258,7 @@ def train(cfg):
     """Algorithm 1."""
     tokenizer, stop_tokens, context, version = inspect_model(cfg.model)
     prompts = load_prompts(cfg, tokenizer, context)
-    settings = asdict(cfg) | {"model_files": version, "prompts": digest(prompts)}
-    open_run(cfg.out, settings)
+    open_run(cfg.out, asdict(cfg) | {"model_files": version, "prompts": digest(prompts)})
     start_processes()
     student = shard(load_model(cfg.model, "auto")).float()  # bf16 is too coarse for steps of 1e-6
     teacher = shard(load_model(cfg.model, COMPUTE_DTYPE)).requires_grad_(False)
@@ -325,6 +325,7 @@ def start_processes():
     alone |= {"device_id": DEVICE if CUDA else None}
     # They wait for the longest rollout of all. When one fails, torchrun ends the others.
     dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=24), **alone)
+    say(f"running on {WORLD} x {DEVICE.type}")
 
 
 def note_signals():
@@ -360,11 +361,11 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def first_line(error):
+def one_line(error):
     """What an error says, or the first of those that a checkpoint's processes had."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -392,17 +393,18 @@ def inspect_model(name):
         contents = [hashlib.sha256(numpy.memmap(file, mode="r")).digest() for file in files]
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         hint = "" if local else " (is the hub within reach? a local folder needs none)"
-        fail(f"--model {name}: {first_line(error)}{hint}")
+        fail(f"--model {name}: {one_line(error)}{hint}")
     spelled = text_config.to_json_string()
     if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
         context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
-    words = text_config.vocab_size
+    template = tokenizer(str(tokenizer.chat_template))["input_ids"]
+    words, last = text_config.vocab_size, max([tokenizer.vocab_size - 1, *template, *stop_tokens])
     for wrong, what in (
         (local and len(files) == 1, "the folder has no *.safetensors"),
         (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
-        (not tokenizer("a")["input_ids"], "its tokenizer knows no words: are its files there?"),
+        (not template, "its tokenizer knows no words: are its files there?"),
         (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
-        (len(tokenizer) > words, f"its tokenizer has {len(tokenizer)} words, its vocabulary {words}"),
+        (last >= words, f"its tokenizer writes word {last}, its vocabulary has {words}"),
         (not stop_tokens, "neither its generation config nor its tokenizer has a token that ends a response"),
     ):
         if wrong:
@@ -414,10 +416,9 @@ def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, t
     """A generation config in which every knob of sampling is stated; temperature 0 is greedy. What generate()
     is not told it takes from the checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from
     the library (top-k 50)."""
-    knobs = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    knobs = knobs if temperature else {"do_sample": False}
-    ends = {"eos_token_id": stop_tokens, "pad_token_id": stop_tokens[0]}
-    return GenerationConfig(**knobs, **ends, max_new_tokens=max_new_tokens)
+    knobs = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    ends = {"eos_token_id": stop_tokens, "pad_token_id": stop_tokens[0], "max_new_tokens": max_new_tokens}
+    return GenerationConfig(do_sample=temperature > 0, **knobs, **ends)
 
 
 def load_model(name, dtype):
@@ -427,12 +428,13 @@ def load_model(name, dtype):
     try:
         load = AutoModelForCausalLM.from_pretrained
         model, info = load(name, dtype=dtype, output_loading_info=True, **flags)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        fail(f"--model {name} cannot be loaded: {first_line(error)}")
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        fail(f"--model {name} cannot be loaded: {one_line(error)}")
     for what, tell in (("missing", fail), ("mismatched", fail), ("unexpected", say)):
         keys = sorted(map(str, info[f"{what}_keys"]))
         if keys:
             tell(f"--model {name}: {len(keys)} of its weights are {what}, such as {keys[0]}")
+    model.generation_config = GenerationConfig()  # generate() fills gaps from it: not from the checkpoint's
     return model.eval()
 
 
@@ -443,11 +445,14 @@ def shard(model):
         fail(f"--model: {type(model).__name__} keeps its decoder layers elsewhere than in .layers")
     if wrong := misreading(model, scored=True):
         fail(f"--model: {type(model).__name__} cannot be used, {wrong}")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not tied:  # unsharded() would take one for the other
+        fail('--model: its LM head is not its embedding: set "tie_word_embeddings": false in its config.json')
     policy = MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(DEVICE.type, (WORLD,))
     for unit in [*model.base_model.layers, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    if CUDA:  # without it the activations of one 8,192-token response fill a GPU
+    if CUDA and model.supports_gradient_checkpointing:  # else one 8,192-token response fills a GPU
         model.activation_checkpointing_enable()
         for layer in model.base_model.layers:
             layer.training = True  # else it does not recompute; what is inside stays in eval mode: no dropout
@@ -469,12 +474,12 @@ def misreading(model, part=None, scored=False):
     try:
         read = model.generate(padded, attention_mask=mask, generation_config=GenerationConfig(**told))
     except (RuntimeError, ValueError, AttributeError) as error:
-        return f"generate() fails: {first_line(error)}"
+        return f"generate() fails: {one_line(error)}"
     text = read.sequences[:, 3:-1]
     plain = model(text).logits  # [1, S, V]
     if scored:
-        ours = model.base_model(text).last_hidden_state @ model.get_output_embeddings().weight.T
-        if not (plain - ours).norm() < 0.01 * plain.norm():  # NaN is not
+        hidden, head = model.base_model(text).last_hidden_state, model.get_output_embeddings().weight
+        if not torch.equal(plain.to(head), torch.nn.functional.linear(hidden.to(head), head)):  # NaN is not
             return "its logits are more than hidden states times LM head (a bias, a scale, a softcap, NaN?)"
     same = (plain[0, -2:] - torch.cat(read.logits)).norm() < 0.05 * plain[0, -2:].norm()  # bf16 is not exact
     return "" if same else "its logits change when a text is padded on the left or read with a cache"
@@ -495,7 +500,7 @@ def unsharded(model, dtype):
     for name, buffer in model.named_buffers():  # state_dict() leaves most of them out
         owner, _, name = name.rpartition(".")
         setattr(plain.get_submodule(owner), name, buffer)
-    plain.generation_config = GenerationConfig()  # generate() fills gaps from it: not from the checkpoint's
+    plain.generation_config = GenerationConfig()
     return plain.eval()
 
 
@@ -538,7 +543,7 @@ def prompt_ids(tokenizer, messages):
     try:
         text = tokenizer.apply_chat_template(messages, **choices)
     except REFUSALS as error:
-        raise ValueError(f"is refused by the model's chat template: {first_line(error)}") from error
+        raise ValueError(f"is refused by the model's chat template: {one_line(error)}") from error
     for message in messages:  # of an assistant's, templates rightly drop the thinking
         if message["role"] != "assistant" and message["content"].strip() not in text:
             raise ValueError(f"its {message['role']} message is cut or changed by the model's chat template")
@@ -557,8 +562,8 @@ def option_texts(row):
 
 
 def load_rows(data, split=None, configuration=None):
-    """The rows of a file, a saved-dataset folder or a hub name, as dicts; with no split named, of the only
-    one or of test. Raises ValueError for what cannot be read. Files are read here and not by load_dataset,
+    """The rows of a file, a saved-dataset folder or a hub name, as dicts; no split named: of test, or of a
+    folder's only one. Raises ValueError for what cannot be read. Files are read here and not by load_dataset,
     which gives old rows where a file's time has not changed, and turns the answer 0.00001 into 1e-05."""
     path, kind = Path(data), Path(data).suffix.lower()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it finds wrong is told once, by us
@@ -571,8 +576,8 @@ def load_rows(data, split=None, configuration=None):
         elif kind == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = [{key: text or None for key, text in row.items()} for row in csv.DictReader(file)]
-            if any(None in row or (row.get("prompt") or "").startswith("[{") for row in rows):
-                raise ValueError("a row has too many fields, or chat messages in one: use .jsonl")
+            if any(None in row for row in rows):
+                raise ValueError("a row has too many fields: quote those with a comma")
         elif kind in (".json", ".jsonl"):
             text = path.read_text(encoding="utf-8-sig").strip()
             text = text if text.startswith("[") else "[" + re.sub(r"\s*\n\s*", ",\n", text) + "]"
@@ -584,7 +589,7 @@ def load_rows(data, split=None, configuration=None):
         else:
             rows = {split or "test": datasets.load_dataset(data, configuration, split=split or "test")}
     except (OSError, ValueError, csv.Error, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(first_line(error.__cause__ or error)) from error
+        raise ValueError(one_line(error.__cause__ or error)) from error
     splits = rows if isinstance(rows, dict) else {"train": rows}
     split = split or ("test" if len(splits) > 1 else next(iter(splits)))
     if not len(splits.get(split, ())):
@@ -632,7 +637,7 @@ def open_run(out, settings):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any((out / log).exists() for log in LOGS):
+        if any((out / log).exists() for log in LOGS) or any(out.rglob("step_*")):
             if not resume:
                 fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
             if not (out / "checkpoint").is_dir():
@@ -675,10 +680,8 @@ def export(cfg, step, student, tokenizer):
     """step_N/: the student as an ordinary Hugging Face folder in bf16, written by one process. All but the
     weights is copied as it came, since transformers 4 reads some of what 5 writes wrongly or not at all."""
     path = Path(cfg.out, f"step_{step}")
-    if path.exists():
-        return
     model = unsharded(student, torch.bfloat16)
-    if RANK == 0:
+    if RANK == 0 and not path.exists():
         partial = path.with_name(f"{path.name}.partial")
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial)
@@ -700,7 +703,7 @@ def load_checkpoint(cfg, state):
         try:
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / f"step_{step}")))
         except dcp.CheckpointException as error:  # around whatever went wrong
-            fail(f"--resume: {folder}/step_{step} is damaged ({first_line(error)}): choose another --out", 1)
+            fail(f"--resume: {folder}/step_{step} is damaged ({one_line(error)}): choose another --out", 1)
     if cfg.resume:
         say(f"continuing after step {step}" if step else "no checkpoint yet: beginning with step 1")
     if RANK == 0:
@@ -763,7 +766,7 @@ def read_lines(path):
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except ValueError as error:
-        fail(f"{path} is damaged: {first_line(error)}", 1)
+        fail(f"{path} is damaged: {one_line(error)}", 1)
 
 
 def replace_file(path, text):
@@ -805,6 +808,8 @@ def parse_args(config_class, description, argv=None):
     met = WORLD == 1 or "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "").isdigit()
     if not met or not 0 <= RANK < WORLD or LOCAL_RANK < 0:
         fail("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not fit: let torchrun set them")
+    if CUDA and LOCAL_RANK >= torch.cuda.device_count():
+        fail(f"process {LOCAL_RANK} finds no GPU of its own: lower --nproc_per_node", 1)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 does not end a run
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of weights that do not fit we tell in a line
@@ -824,9 +829,9 @@ def main():
         if not re.search(OUT_OF_MEMORY, str(error)):
             raise
         advice = "take more GPUs, lower --micro_batch_size, or lower --max_response_tokens in a new --out"
-        fail(f"out of GPU memory ({first_line(error)}): {advice}. {CONTINUE}", 1)
+        fail(f"out of GPU memory ({one_line(error)}): {advice}. {CONTINUE}", 1)
     except (OSError, SafetensorError, dcp.CheckpointException) as error:  # loading has messages of its own
-        fail(f"--out {cfg.out} could not be written: {first_line(error)}. {CONTINUE}", 1)
+        fail(f"--out {cfg.out} could not be written: {one_line(error)}. {CONTINUE}", 1)
     except KeyboardInterrupt:  # while loading
         fail("interrupted", 130)
 

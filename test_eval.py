@@ -43,7 +43,9 @@ def verdicts(final, gold, thinking="x", truncated=False):
     ("90^\\circ", ("90", "90 degrees", "90^{\\circ}", "90°"), ("9",)),
     ("50\\%", ("50\\%", "50%", "50", "50 percent", "0.5"), ("5\\%",)),
     ("7^{-40}", ("\\frac{1}{7^{40}}",), ("7^{-41}", "0", "7^{-40} + 7^{-41}")),
-    ("\\frac{1}{9}", ("0.1111111",), ("0.11", "0.1111")),
+    ("\\frac{1}{9}", ("0.1111111", "0.\\overline{1}"), ("0.11", "0.1111", "0.\\overline{2}")),
+    ("0.2\\overline{36}", ("13/55", "0.2\\overline{3636}"), ("0.236", "0.\\overline{236}")),
+    ("412_5", ("412_5", "412_{5}", "412"), ("412_6", "421_5")), ("[0,7)", ("0 \\le x < 7",), ("0 < x < 7",)),
     ("4 \\times 10^{-30}", ("4e-30", "4 × 10⁻³⁰", "4 x 10^{-30}"), ("4e-31", "4.1 \\times 10^{-30}")),
     ("8", ("8 m^2", "$8\\,\\mathrm{km}$", "8 pupils, altogether.", "8 km/h", "`8`", "8 (since 2*4)", "$8",
            "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8."),
@@ -284,7 +286,7 @@ def evaluated(tmp_path_factory):
     other = subprocess.Popen(command(*flags, launcher=both, script="eval.py"), cwd=folder)  # without --out
     printed = ended(launch(command(*flags, "--out", folder / "one", script="eval.py")))
     assert other.wait(timeout=300) == 0
-    (two,) = folder.glob("runs/eval/model-*")
+    (two,) = folder.glob("runs/eval/*-model")
     return folder / "one", printed, two
 
 
@@ -415,7 +417,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--model", HERE / ".ci"), "Unrecognized model"),
     (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
     (("--baseline", "LIST"), "is not a results.json of eval.py"),
-    (("--baseline", "OTHER"), "was measured on other problems of "),
+    (("--baseline", "OTHER"), "has no results on "),
     (("--baseline", "WARM"), "was measured with --temperature 1.5, --top_k 5"),
     (("--out", TOY), "holds files, but no good config.json of such a run"),
 ))  # fmt: skip

@@ -442,20 +442,6 @@ def test_scores_and_gradient_are_those_of_plain_autograd(tied, temperature):
         assert all(p.grad is None for p in sharded[1].parameters())
 
 
-def test_hooks_do_not_pile_up():
-    student, teacher = two()
-    counts = set()
-    for _ in range(3):
-        opsdc.accumulate_gradient(student, teacher, *ragged_batch(), opsdc.Config())
-        opsdc.unsharded(student, torch.float32)
-        for gather in (student.unshard, student.reshard):  # the whole weight and this process's share
-            gather()
-            weight = student.get_output_embeddings().weight
-            hooks = (getattr(weight, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad"))
-            counts.add((gather.__name__, *(len(some or ()) for some in hooks)))
-    assert len(counts) == 2, counts
-
-
 def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
     monkeypatch.setattr(opsdc, "COMPUTE_DTYPE", torch.bfloat16)
     student, teacher = opsdc.shard(tiny(0).bfloat16()).float(), opsdc.shard(tiny(1).bfloat16())
@@ -489,7 +475,7 @@ HEAD, OTHERS, DEAD = "hidden states times LM head", "padded on the left or", "ge
 
 
 @pytest.mark.parametrize("make, part, message", (
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=1.0), None, HEAD),
+    (lambda: tiny(0, "Gemma2", final_logit_softcapping=30.0), None, HEAD),  # all logits are near 0
     (lambda: tiny(0, "Cohere", logit_scale=0.5), None, HEAD),
     (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None, ""),
     (lambda: spoilt(tiny(0, "Phi"), "lm_head.bias", 9), None, HEAD),
@@ -500,6 +486,7 @@ HEAD, OTHERS, DEAD = "hidden states times LM head", "padded on the left or", "ge
     (lambda: tiny(0, "Mamba", **MAMBA), None, ""),
     (lambda: tiny(0, "Mamba", **MAMBA), 4, DEAD),
     (lambda: tiny(0, "GPT2"), None, "in .layers"),
+    (lambda: (model := tiny(), setattr(model.config, "tie_word_embeddings", True))[0], None, "LM head is"),
     (tiny, None, ""), (tiny, 4, ""),
 ))  # fmt: skip
 def test_models_that_would_be_read_wrongly_are_refused(make, part, message, capsys):
@@ -605,10 +592,12 @@ def test_weights_that_are_missing_or_do_not_fit(harm, code, message, tmp_path, c
     with pytest.raises(SystemExit) if code else nullcontext():
         opsdc.load_model(tmp_path, "auto")
     assert message in "".join(capsys.readouterr())
-    os.truncate(tmp_path / "model.safetensors", 10_000)
-    with pytest.raises(SystemExit):
-        opsdc.load_model(tmp_path, "auto")
-    assert f"--model {tmp_path} cannot be loaded: " in capsys.readouterr().err
+    for spoil in (lambda: write(tmp_path / "config.json", {"attn_implementation": "flash_attention_2"}),
+                  lambda: os.truncate(tmp_path / "model.safetensors", 10_000)):  # fmt: skip
+        spoil()
+        with pytest.raises(SystemExit):
+            opsdc.load_model(tmp_path, "auto")
+        assert one_line(capsys).startswith(f"--model {tmp_path} cannot be loaded: ")
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -703,7 +692,7 @@ def test_options_are_asked(options):
     {"text": "x"}, {"prompt": ""}, {"prompt": []}, {"prompt": None}, {"problem": 3}, {"question": " "},
     {"prompt": [{"role": "user"}]}, {"prompt": [{"role": "assistant", "content": "x"}]},
     {"prompt": "x", "options": "yz"}, {"prompt": "x", "options": ["y"] * 27},
-    {"prompt": "x", "choices": {"label": ["A", "B"]}},
+    {"prompt": "x", "choices": {"label": ["A", "B"]}}, {"problem": "[ {'role': 'user', 'content': 'x'} ]"},
 ))  # fmt: skip
 def test_rows_without_a_prompt(row):
     with pytest.raises(ValueError, match="2 to 26 texts|must be text|has no column"):
@@ -1110,12 +1099,12 @@ def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
     ("x.json", "[1, 2]", "x.json: its rows must be objects"),
     ("x.parquet", "no parquet", "x.parquet: Parquet magic bytes not found"),
     ("x.csv", "text,id\nx,1\n", "row 1: has no column prompt, problem or question (found: text, id)"),
-    ("x.jsonl", '{"prompt": "x"}\n{"prompt": " "}', "row 2: prompt must be text, or chat"),
+    ("x.jsonl", '{"prompt": "x"}\n{"prompt": " "}', "row 2: prompt must be text, or"),
     ("x.jsonl", json.dumps({"prompt": opsdc.STEP_BY_STEP}), "row 1: the teacher's prompt is the student's"),
     ("x.jsonl", '\ufeff{"prompt": "x x x"}\n{"prompt": null, "problem": "y"}', "no prompt of 2 fits"),
     ("x.csv", "\ufeffprompt,problem\nx x x,\n,y\n", "no prompt of 2 fits"),
     ("x.csv", "problem,answer\nWhat is 1,000 + 2?,1002\n", "a row has too many fields"),
-    ("x.csv", 'prompt\n"[{""role"": ""user"", ""content"": ""x""}]"\n', "chat messages in one"),
+    ("x.csv", 'prompt\n"[{""role"": ""user"", ""content"": ""x""}]"\n', "row 1: prompt must be text, or"),
 ))  # fmt: skip
 def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
     if content:
@@ -1139,8 +1128,8 @@ NO_END = {"eos_token_id": None, "eos_token": None}
     ("tokenizer*", None, "model: its tokenizer knows no words"),
     ("chat_template*", None, "model: its tokenizer has no chat template"),
     ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model: "),
-    ("config.json", {"vocab_size": 400}, "model: its tokenizer has 512 words, its vocabulary 400"),
-    ("config.json", {"max_position_embeddings": "long"}, "model: Validation error"),
+    ("config.json", {"vocab_size": 400}, "model: its tokenizer writes word 511, its vocabulary has 400"),
+    ("config.json", {"max_position_embeddings": "long"}, "expected int, got str"),
     ("generation_config.json", {"eos_token_id": "507"}, "model: '<' not supported between"),
     ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
     ("config.json", LONG_ROPE_5, "but the context of 64 leaves 17"),
@@ -1156,21 +1145,32 @@ def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
     assert message in refused("--model", model)
 
 
-def test_stop_tokens_are_the_models_and_the_tokenizers(tmp_path):
+def test_what_a_model_folder_may_hold(tmp_path, capsys):
+    """Stop tokens are the model's and the tokenizer's. Habits of sampling and an unused word do no harm."""
     model = copy_of_toy(tmp_path / "model")
-    write(model / "generation_config.json", {"eos_token_id": [5, 9]})
-    assert opsdc.inspect_model(str(model))[1] == [5, 9, 507]
+    write(model / "generation_config.json", {"eos_token_id": [5, 9], "num_beams": 4})
+    tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(model))
+    opsdc.shard(opsdc.load_model(str(model), "auto"))
+    assert stop_tokens == [5, 9, 507]
     (model / "generation_config.json").unlink()  # then config.json's
+    tokenizer.add_tokens(["Hmm!"])
+    tokenizer.save_pretrained(model)
     assert opsdc.inspect_model(str(model))[1] == [507]
+    write(model / "chat_template.jinja", "Hmm! " + tokenizer.chat_template)
+    with pytest.raises(SystemExit):
+        opsdc.inspect_model(str(model))
+    assert one_line(capsys).endswith("its tokenizer writes word 512, its vocabulary has 512")
 
 
-def test_launchers_variables_that_do_not_fit(tmp_path):
+def test_launchers_variables_that_do_not_fit(tmp_path, capsys, monkeypatch):
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
     wrong = {"RANK": "one"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "-1"}, {"RANK": "1"}, two
     for process in [Forked(*SHORT_RUN, "--out", tmp_path / "run", **env) for env in wrong]:
         printed = process.end(code=2)
         assert printed.startswith("error: RANK, LOCAL_RANK, WORLD_SIZE,") and printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(opsdc, "CUDA", True)  # and not a GPU
+    assert "process 0 finds no GPU of its own" in refusal(opsdc.main, capsys, monkeypatch, code=1)
 
 
 def cut(size):
@@ -1182,6 +1182,7 @@ SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/
 
 @pytest.mark.parametrize("harm, flags, message, code", (
     (None, "", "already holds a run: continue it with --resume, or choose another folder", 2),
+    (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds", 2),
     (None, "--resume --lr 1 --seed 5", "other settings (lr was 0.0003, is 1.0; seed was 0, is 5)", 2),
     (None, "--resume --steps 1", "--steps 1: the run in OUT is at step 2 already", 2),
     (("checkpoint", shutil.rmtree), "--resume", "--resume: the folder OUT/checkpoint is gone", 2),
@@ -1199,10 +1200,10 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(
     if harm:
         harm[1](next(out.glob(harm[0])))
     monkeypatch.setattr(opsdc, "start_processes", lambda: None)
-    logs = [(out / log).read_bytes() for log in opsdc.LOGS]
+    logs = [log.read_bytes() for log in out.glob("*.jsonl")]
     error = refusal(opsdc.main, capsys, monkeypatch, *STEADY, "--out", out, *flags.split(), code=code)
     assert message.replace("OUT", str(out)) in error
-    assert [(out / log).read_bytes() for log in opsdc.LOGS] == logs
+    assert [log.read_bytes() for log in out.glob("*.jsonl")] == logs
 
 
 @pytest.mark.parametrize("file, old, new, what", (
