@@ -378,11 +378,7 @@ def summarize(frame):
     return summary | {
         "response_tokens_median": float(frame["response_tokens"].median()),
         "truncated": float(frame["truncated"].mean()),
-        "per_problem": {
-            "problem": by_problem.index.tolist(),
-            "accuracy": by_problem["dual"].tolist(),
-            "response_tokens": by_problem["response_tokens"].tolist(),
-        },
+        "per_problem": by_problem.rename(columns={"dual": "accuracy"}).reset_index().to_dict("list"),
     }
 
 
