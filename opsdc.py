@@ -280,7 +280,7 @@ def train(cfg):
         x = [x for x, _ in batch]
         responses = rollout(unsharded(student, COMPUTE_DTYPE), x, sampling, (cfg.seed, step, RANK))  # [4]
         dist.barrier()  # the longest rollout of all
-        torch.cuda.empty_cache()  # training would not find what generating keeps
+        torch.cuda.empty_cache()  # else what generating has freed stays in pools of other sizes
         generated = time.time()
 
         loss, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)
