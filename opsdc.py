@@ -489,7 +489,7 @@ def misreading(model, part=None, scored=False):
 def unsharded(model, dtype):
     """An ordinary transformers model with all weights of a sharded one, on every process; all of them call it
     together. Otherwise each generated token would gather the whole model, and no process could finish before
-    the others. Parameters come in `dtype`, buffers as they are."""
+    the others. Parameters come in `dtype`, buffers as they are. Give it no name, and it goes after use."""
     torch.cuda.empty_cache()  # FSDP's streams keep up to 16 GB (14B, 8 GPUs) out of reach
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
@@ -611,7 +611,7 @@ def draw_batch(prompts, step, cfg):
 
 # ----------------------------------------------------------------------------------------- folder, checkpoint
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")
+MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")  # no step knows
 
 
 def open_run(out, settings):
@@ -631,7 +631,7 @@ def open_run(out, settings):
         was = "; ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
         fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    versions["python"] = sys.version.split()[0]
+    versions |= {"python": sys.version.split()[0], "opsdc.py": digest(Path(__file__).read_bytes())}
     config = settings | {"versions": versions, "date": f"{DATE:%Y-%m-%d}", "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -724,8 +724,8 @@ def last_checkpoint(out):
 # ------------------------------------------------------------------------------------------- logs, JSON files
 def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
     """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together. `rows`
-    are this process's ((x, xc), y, KL [T], entropy [T]), `figures` what else is logged, `left` the seconds to
-    go."""
+    are this process's ((x, xc), y, KL [T], entropy [T]), `figures` what else is logged, as the first process
+    has it, `left` the seconds to go."""
     records = []
     for (x, xc), y, kl, entropy in rows:
         ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
