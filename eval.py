@@ -6,9 +6,9 @@ r"""Accuracy and average response tokens of a model: what OPSDC must hold, and w
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
         --out runs/eval/opsdc --baseline runs/eval/base/results.json
 
-The prompt is the student's of training. With --instruction it is the teacher's: the prompt-only baseline.
-Accuracy is mean@n, the mean over n samples of each problem. It is reported under three verdicts, since a
-grader that reads one answer format only mistakes a change of format for a change of accuracy:
+The prompt is what the student sees in training. With --instruction it is the teacher's: the prompt-only
+baseline. Accuracy is mean@n, the mean over n samples of each problem, under three verdicts, since a grader
+that reads one answer format only mistakes a change of format for a change of accuracy:
 
     answer  the last line "Answer: ..."        boxed  the last \boxed{...}        dual  either of the two
 
@@ -412,7 +412,7 @@ def report(samples, baseline):
 def table(results):
     """Markdown, to be pasted as it stands."""
     compared = any("versus_baseline" in result for result in results.values())
-    heads = ["data", "problems x samples", "accuracy %", "`Answer:` only", "boxed only"]
+    heads = ["data", "problems x samples", "accuracy %", "by `Answer:`", "by boxed"]
     heads += ["response tokens", "median", "truncated %"]
     heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
@@ -451,7 +451,8 @@ def evaluate(cfg):
     if finished:
         say(f"reusing {len(finished)} samples of {out}")
     if short := sum(len(problem.prompt) + cfg.max_response_tokens > context for problem in problems):
-        say(f"{short} of {len(problems)} problems have less room: the model's context of {context} ends")
+        room = f"room for fewer than {cfg.max_response_tokens} tokens: the model's context is {context}"
+        say(f"{short} of {len(problems)} problems have {room}")
     dist.barrier()
     if len(finished) < len(problems) * cfg.n:
         model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
@@ -480,7 +481,7 @@ def load_baseline(cfg, questions):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({one_line(error)})")
     if other or unlike:
-        what = f"was measured with {', '.join(other)}" if other else f"has no results on {unlike[0]} as it is"
+        what = f"was run with {', '.join(other)}" if other else f"has other {unlike[0]} problems (--limit?)"
         fail(f"--baseline {cfg.baseline} {what}")
     return results
 

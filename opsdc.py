@@ -43,6 +43,7 @@ import signal
 import string
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -163,7 +164,8 @@ def divergence(log_q, log_p, kind):
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind == "forward_kl":  # KL(p || q)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    log_m = torch.logaddexp(log_q, log_p) - math.log(2)  # jsd: m is midway between q and p
+    assert kind == "jsd", kind
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)  # m is midway between q and p
     return (divergence(log_q, log_m, "reverse_kl") + divergence(log_p, log_m, "reverse_kl")) / 2
 
 
@@ -172,13 +174,12 @@ CHUNK_LOGITS = 2**25 if CUDA else 2**23  # at a time; up to 32 MiB (2**23), glib
 
 @torch.no_grad()
 def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head, weight, cfg):
-    """sum_n weight_n * divergence_n, without its graph -> divergence [N], the student's entropy [N], and the
-    sum's gradient with respect to the student's hidden states [N, H] and LM head [V, H].
+    """Of sum_n weight_n * divergence_n -> divergence [N], the student's entropy [N], and the sum's gradient
+    with respect to the student's hidden states [N, H] and LM head [V, H].
 
     At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, several times over. So the
     LM heads are applied to a chunk of tokens at a time, and its gradient is taken on the spot: nothing is
-    kept and no matmul is done twice. bf16 logits would hide the small differences late training is about.
-    """
+    kept and no matmul is done twice. bf16 logits would hide the small differences late training is about."""
     hidden, head = student_hidden.float(), student_head.float()
     teacher_hidden, teacher_head = teacher_hidden.float(), teacher_head.float()
     losses, entropies = torch.empty_like(weight), torch.empty_like(weight)
@@ -248,9 +249,8 @@ def rollout(model, prompts, sampling, seed):
         output = model.generate(ids, attention_mask=mask, generation_config=sampling, streamer=progress)
     # Cut by position, through the first stop token, since that is also what pads the rest.
     responses = output[:, ids.size(1) :].tolist()
-    stop = sampling.eos_token_id
-    ends = (next((t for t, token in enumerate(y, 1) if token in stop), None) for y in responses)
-    return [y[:end] for y, end in zip(responses, ends)]
+    ends = ([t for t, token in enumerate(y, 1) if token in sampling.eos_token_id] for y in responses)
+    return [y[: end[0]] if end else y for y, end in zip(responses, ends)]
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -279,7 +279,7 @@ def train(cfg):
         batch = draw_batch(prompts, step, cfg)  # [3]
         x = [x for x, _ in batch]
         responses = rollout(unsharded(student, COMPUTE_DTYPE), x, sampling, (cfg.seed, step, RANK))  # [4]
-        dist.barrier()  # the longest rollout of all
+        dist.barrier()  # wait for the longest rollout of all
         torch.cuda.empty_cache()  # else what generating has freed stays in pools of other sizes
         generated = time.time()
 
@@ -337,6 +337,9 @@ def note_signals():
         times.append(time.time())
         if times[-1] > times[0] + 1:
             os._exit(128 + number)
+        if RANK == 0 and len(times) == 1:
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step; a second signal stops at once, and saves nothing\n")
 
     for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice
@@ -392,8 +395,8 @@ def inspect_model(name):
         files = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) if local else ())]
         contents = [hashlib.sha256(numpy.memmap(file, mode="r")).digest() for file in files]
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        hint = "" if local else " (is the hub within reach? a local folder needs none)"
-        fail(f"--model {name}: {one_line(error)}{hint}")
+        place = "" if local else "there is no such folder, and from the hub: "
+        fail(f"--model {name}: {place}{one_line(error)}")
     spelled = text_config.to_json_string()
     if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
         context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
@@ -404,7 +407,7 @@ def inspect_model(name):
         (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
         (not template, "its tokenizer knows no words: are its files there?"),
         (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
-        (last >= words, f"its tokenizer writes word {last}, its vocabulary has {words}"),
+        (last >= words, f"its tokenizer has a token {last}, its vocabulary {words} tokens"),
         (not stop_tokens, "neither its generation config nor its tokenizer has a token that ends a response"),
     ):
         if wrong:
@@ -424,10 +427,9 @@ def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, t
 def load_model(name, dtype):
     """An ordinary transformers model in host memory, without pickles or code from the hub; "auto" is its own
     dtype. transformers makes up weights that the files lack: that is refused."""
-    flags = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    flags = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        load = AutoModelForCausalLM.from_pretrained
-        model, info = load(name, dtype=dtype, output_loading_info=True, **flags)
+        model, info = AutoModelForCausalLM.from_pretrained(name, ignore_mismatched_sizes=True, **flags)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"--model {name} cannot be loaded: {one_line(error)}")
     for what, tell in (("missing", fail), ("mismatched", fail), ("unexpected", say)):
@@ -632,7 +634,9 @@ def open_run(out, settings):
         fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     versions |= {"python": sys.version.split()[0], "opsdc.py": digest(Path(__file__).read_bytes())}
-    config = settings | {"versions": versions, "date": f"{DATE:%Y-%m-%d}", "command": shlex.join(sys.argv)}
+    if before.get("versions", versions) != versions:
+        say(f"what is in {out} was begun with {before['versions']}, and goes on with {versions}")
+    config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
@@ -693,7 +697,10 @@ def export(cfg, step, student, tokenizer):
             config = came
         config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}  # the newer and the older name
         replace_file(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        for file in partial.glob("*.safetensors"):  # written for its owner alone
+            shutil.copymode(partial / "config.json", file)
         partial.rename(path)
+        say(f"the model is in {path}")
 
 
 def load_checkpoint(cfg, state):
@@ -704,8 +711,7 @@ def load_checkpoint(cfg, state):
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / f"step_{step}")))
         except dcp.CheckpointException as error:  # around whatever went wrong
             fail(f"--resume: {folder}/step_{step} is damaged ({one_line(error)}): choose another --out", 1)
-    if cfg.resume:
-        say(f"continuing after step {step}" if step else "no checkpoint yet: beginning with step 1")
+    say(f"continuing after step {step}" if step else "beginning with step 1")
     if RANK == 0:
         folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
         for partial in [*Path(cfg.out).rglob("step_*.partial")]:  # of a save that a kill cut short
@@ -757,8 +763,9 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
         say(f"--- {what} ---\n{records[0][what]}")
     line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
     line += "  entropy {entropy:.3f}  {seconds:.1f} s"
-    skipped = "  update skipped: gradient not finite" * metrics["skipped"]
-    say(f"{line.format(**metrics, steps=cfg.steps)}  left {timedelta(seconds=round(left))}{skipped}")
+    line += "  left {left}" + "  teacher refreshed" * metrics["refreshed"]
+    line += "  update skipped: gradient not finite" * metrics["skipped"]
+    say(line.format(**metrics, steps=cfg.steps, left=timedelta(seconds=round(left))))
 
 
 def read_lines(path):

@@ -47,7 +47,6 @@ import opsdc  # noqa: E402
 HERE = Path(__file__).resolve().parent
 TOY = str(HERE / "toy")
 README = (HERE / "README.md").read_text()
-KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -322,11 +321,13 @@ def test_directions_of_the_divergences():
     torch.testing.assert_close(kl, kl_divergence(q, p))
     torch.testing.assert_close(forward, kl_divergence(p, q))
     assert (kl - forward).abs().mean() > 0.1  # the two can be told apart here
+    with pytest.raises(AssertionError):
+        opsdc.divergence(log_q, log_p, "kl")
     (grad,) = torch.autograd.grad(kl.sum(), z)
     torch.testing.assert_close(grad, q.probs * (log_q - log_p - kl[:, None]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("reverse_kl", "forward_kl", "jsd"))
 @pytest.mark.parametrize("chunk", (1, 7, 23, 1000))
 def test_loss_and_gradient_in_chunks_against_float64_closed_forms(kind, chunk, monkeypatch):
     torch.manual_seed(0)
@@ -901,6 +902,7 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
     text = tokenizer.decode(written[0, len(ids) :])
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # as readable as the rest
 
 
 def test_output_that_nobody_reads_does_not_end_a_run(launched):
@@ -938,6 +940,7 @@ def interrupt(how, out, half):
     if how in SIGNALS:
         assert len(lines(out / "metrics.jsonl")) == 3 and (out / "step_3").exists()
         assert f"told to stop, and did so after step 3. {opsdc.CONTINUE}" in printed
+        assert printed.count("stopping after this step") == printed.count("teacher refreshed") == 1
     if "disk" in how:
         message = rf"error: --out {out} could not be written: .*[Ll]arge.* {opsdc.CONTINUE}\n"
         assert re.search(message, printed) and "Traceback" not in printed and not (out / "step_4").exists()
@@ -1078,7 +1081,7 @@ def test_settings_that_break_a_rule(flags, refused):
     ("--max_prompt_tokens 5", "good.jsonl: no prompt of 1 fits --max_prompt_tokens 5"),
     ("--split nosuch", "good.jsonl: there are no rows in split nosuch (splits: train)"),
     ("--data nobody/nothing", "--data nobody/nothing: "),
-    ("--model nobody/nothing", "(is the hub within reach? a local folder needs none)"),
+    ("--model nobody/nothing", "--model nobody/nothing: there is no such folder, and from the hub: "),
     ("--out HERE/good.jsonl/run", "/good.jsonl/run cannot be written: Not a directory"),
     ("--out HERE", " holds files, but no good config.json of such a run: choose another folder"),
     (f"--out {TOY}", " holds files, but no good config.json of such a run: choose another folder"),
@@ -1128,7 +1131,7 @@ NO_END = {"eos_token_id": None, "eos_token": None}
     ("tokenizer*", None, "model: its tokenizer knows no words"),
     ("chat_template*", None, "model: its tokenizer has no chat template"),
     ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model: "),
-    ("config.json", {"vocab_size": 400}, "model: its tokenizer writes word 511, its vocabulary has 400"),
+    ("config.json", {"vocab_size": 400}, "model: its tokenizer has a token 511, its vocabulary 400 tokens"),
     ("config.json", {"max_position_embeddings": "long"}, "expected int, got str"),
     ("generation_config.json", {"eos_token_id": "507"}, "model: '<' not supported between"),
     ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
@@ -1159,7 +1162,7 @@ def test_what_a_model_folder_may_hold(tmp_path, capsys):
     write(model / "chat_template.jinja", "Hmm! " + tokenizer.chat_template)
     with pytest.raises(SystemExit):
         opsdc.inspect_model(str(model))
-    assert one_line(capsys).endswith("its tokenizer writes word 512, its vocabulary has 512")
+    assert one_line(capsys).endswith("its tokenizer has a token 512, its vocabulary 512 tokens")
 
 
 def test_launchers_variables_that_do_not_fit(tmp_path, capsys, monkeypatch):
@@ -1173,10 +1176,6 @@ def test_launchers_variables_that_do_not_fit(tmp_path, capsys, monkeypatch):
     assert "process 0 finds no GPU of its own" in refusal(opsdc.main, capsys, monkeypatch, code=1)
 
 
-def cut(size):
-    return lambda file: os.truncate(file, size)
-
-
 SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/step_2 is damaged ("
 
 
@@ -1186,10 +1185,10 @@ SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/
     (None, "--resume --lr 1 --seed 5", "other settings (lr was 0.0003, is 1.0; seed was 0, is 5)", 2),
     (None, "--resume --steps 1", "--steps 1: the run in OUT is at step 2 already", 2),
     (("checkpoint", shutil.rmtree), "--resume", "--resume: the folder OUT/checkpoint is gone", 2),
-    (("config.json", cut(50)), "--resume", "no good config.json of such a run", 2),
+    (("config.json", lambda file: os.truncate(file, 50)), "--resume", "no good config.json of such a run", 2),
     (("config.json", os.remove), "--resume", "no good config.json of such a run", 2),
-    ((SHARD, cut(1000)), "--resume", DAMAGED, 1),
-    ((SHARD, cut(0)), "--resume", DAMAGED, 1),
+    ((SHARD, lambda file: os.truncate(file, 1000)), "--resume", DAMAGED, 1),
+    ((SHARD, lambda file: os.truncate(file, 0)), "--resume", DAMAGED, 1),
     ((SHARD, os.remove), "--resume", DAMAGED, 1),
     (("checkpoint/step_2", lambda folder: [os.remove(x) for x in folder.iterdir()]), "--resume", DAMAGED, 1),
 ))  # fmt: skip
@@ -1230,6 +1229,13 @@ def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, t
     os.utime(file, (1e9, 1e9))
     error = refusal(opsdc.main, capsys, monkeypatch, *flags, "--resume")
     assert re.search(rf"holds a run of other settings \({what} was '\w+', is '\w+'\)", error)
+
+
+def test_a_run_tells_that_the_code_has_changed(tmp_path, capsys):
+    for versions in ({"versions": {"opsdc.py": "an older one"}}, {}):
+        opsdc.open_run(tmp_path, {"resume": True})
+        assert ("begun with {'opsdc.py': 'an older one'}" in capsys.readouterr().out) == (not versions)
+        write(tmp_path / "config.json", versions)
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path, capsys, monkeypatch):
