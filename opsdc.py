@@ -642,7 +642,7 @@ def open_run(out, settings):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any((out / log).exists() for log in LOGS) or any(out.rglob("step_*")):
+        if any((out / log).exists() for log in LOGS) or any(out.rglob("*.safetensors")):
             if not resume:
                 fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
             if not (out / "checkpoint").is_dir():
