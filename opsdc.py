@@ -730,9 +730,8 @@ def last_checkpoint(out):
 
 # ------------------------------------------------------------------------------------------- logs, JSON files
 def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
-    """Add a step to metrics.jsonl and rollouts.jsonl and print a line; all processes call it together. `rows`
-    are this process's ((x, xc), y, KL [T], entropy [T]), `figures` what else is logged, as the first process
-    has it, `left` the seconds to go."""
+    """Log a step and print a line; all processes call it together. `rows`: its own ((x, xc), y, KL [T],
+    entropy [T]); `figures`: what else is logged, as the first process has it; `left`: seconds to go."""
     records = []
     for (x, xc), y, kl, entropy in rows:
         ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
