@@ -329,8 +329,7 @@ def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part
         responses = None
         while responses is None:
             try:
-                seed = (cfg.seed, number)
-                responses = rollout_in_legs(model, prompts, limits, sampling, seed, rows)
+                responses = rollout_in_legs(model, prompts, limits, sampling, (cfg.seed, number), rows)
             except RuntimeError as error:
                 if rows == 1 or not re.search(opsdc.OUT_OF_MEMORY, str(error)):
                     raise
@@ -402,8 +401,7 @@ def report(samples, baseline):
     for name, part in frame.groupby("data", sort=False):
         results[name] = summarize(part)
         groups = [group for group in ("level", "subject") if group in part and part[group].notna().any()]
-        by = {group: {value: summarize(some) for value, some in part.groupby(group)} for group in groups}
-        results[name]["by"] = by
+        results[name]["by"] = {group: {v: summarize(x) for v, x in part.groupby(group)} for group in groups}
         if baseline:
             results[name]["versus_baseline"] = compare(results[name], baseline[name])
     return results

@@ -78,8 +78,7 @@ def write_problems(rng, out):
     for level in LEVELS:
         while len(test) < TEST_ROWS_PER_LEVEL * level:
             expression, steps = draw(rng, level, test=True)
-            question = rng.choice(WORDINGS).format(expression)
-            answer = steps[-1].split(" = ")[1]
+            question, answer = rng.choice(WORDINGS).format(expression), steps[-1].split(" = ")[1]
             # keyed by the expression: no problem occurs twice under two wordings
             row = {"prompt": [{"role": "user", "content": question}], "problem": question}
             test.setdefault(expression, row | {"answer": answer, "level": level})
@@ -171,12 +170,8 @@ def make_tokenizer(rng):
     special, thinking = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" [-+=] |\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     texts = []
     for _ in range(3000):
@@ -219,15 +214,12 @@ def batches(rng, tokenizer, steps, batch_size):
     for step in range(steps):
         if not pool:
             share = 0.9 * max(0, 1 - step / (steps / 2))
-            for minimal in (True, False):
-                count = round(32 * (share if minimal else 1 - share))
+            for minimal, part in ((True, share), (False, 1 - share)):
                 examples = []
-                for _ in range(count * batch_size):
+                for _ in range(round(32 * part) * batch_size):
                     messages, response = make_example(rng, minimal)
-                    prompt = tokenizer.apply_chat_template(
-                        messages, add_generation_prompt=True, return_dict=False
-                    )
-                    examples.append((prompt, tokenizer.encode(response, add_special_tokens=False)))
+                    x = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                    examples.append((x, tokenizer.encode(response, add_special_tokens=False)))
                 examples.sort(key=lambda example: len(example[0]) + len(example[1]))
                 pool += [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
             rng.shuffle(pool)
@@ -259,9 +251,8 @@ def pretrain(model, tokenizer, rng, steps, batch_size=16, peak_lr=3e-3, warmup=3
         optimizer.zero_grad()
         if step == 1 or step % 100 == 0:
             nats = loss.item() * batch_size * 100 / (labels != -100).sum().item()
-            print(
-                f"step {step:5d}/{steps}  loss {nats:.4f} nats/token  {time.time() - start:.0f} s", flush=True
-            )
+            where = f"step {step:5d}/{steps}  loss {nats:.4f} nats/token"
+            print(f"{where}  {time.time() - start:.0f} s", flush=True)
 
 
 def main():
