@@ -706,6 +706,8 @@ def export(cfg, step, student, tokenizer):
 
 def load_checkpoint(cfg, state):
     """With --resume, fill `state` from the last checkpoint and drop what was logged after it -> its step."""
+    if not Path(cfg.out, "config.json").exists():  # the first process wrote it before they met
+        fail(f"--out {cfg.out} is not seen by this machine: take a folder that all of them share", 1)
     step, folder = last_checkpoint(cfg.out) if cfg.resume else 0, Path(cfg.out, "checkpoint")
     if step:
         try:
