@@ -439,7 +439,7 @@ def evaluate(cfg):
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
     out = Path(cfg.out or f"runs/eval/{digest(settings)}-{Path(cfg.model).name}")
-    opsdc.open_run(out, settings)
+    opsdc.open_run(out, settings, __file__)
     opsdc.start_processes()
 
     if RANK == 0:

@@ -128,13 +128,13 @@ def student_messages(row):
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
     messages = row[column]
-    if isinstance(messages, str) and not re.match(r"\s*\[\W*(role|content)\b", messages):  # a list as a text
+    if isinstance(messages, str) and not re.match(r"\s*\[\W*\{\W*(role|content)\b", messages):  # a list
         messages = [{"role": "user", "content": messages}]
     try:
         if messages[-1]["role"] != "user" or not all(message["content"].strip() for message in messages):
             raise ValueError
     except (TypeError, LookupError, AttributeError, ValueError):
-        raise ValueError(f"{column} must be text, or a list of chat messages that ends with the user's")
+        raise ValueError(f"{column} must be text, or a list (no text) of messages that ends with the user's")
     text = messages[-1]["content"]
     if options := option_texts(row):
         listed = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
@@ -617,7 +617,7 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl")
 MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")  # no step knows
 
 
-def open_run(out, settings):
+def open_run(out, settings, code=__file__):
     """Lock the folder `out` until this process ends, and write config.json. Refused, so that nothing is
     overwritten: other files, a run that is still going on, to begin one where there is one, to resume one of
     other settings or without its checkpoint."""
@@ -634,15 +634,17 @@ def open_run(out, settings):
         was = "; ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
         fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    versions |= {"python": sys.version.split()[0], "opsdc.py": digest(Path(__file__).read_bytes())}
-    if before.get("versions", versions) != versions:
-        say(f"what is in {out} was begun with {before['versions']}, and goes on with {versions}")
+    versions["python"] = sys.version.split()[0]
+    versions |= {Path(file).name: digest(Path(file).read_bytes()) for file in (__file__, code)}
+    if other := [key for key in versions if before.get("versions", versions).get(key) != versions[key]]:
+        say(f"what is in {out} was last written with other versions of {', '.join(other)}")
     config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any((out / log).exists() for log in LOGS) or any(out.rglob("*.safetensors")):
+        begun = *LOGS, "step_*/*.safetensors", "checkpoint/step_*/*.safetensors"
+        if any(any(out.glob(pattern)) for pattern in begun):
             if not resume:
                 fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
             if not (out / "checkpoint").is_dir():

@@ -905,7 +905,8 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
     text = tokenizer.decode(written[0, len(ids) :])
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # as readable as the rest
+    modes = [(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]  # as readable as the rest
 
 
 def test_output_that_nobody_reads_does_not_end_a_run(launched):
@@ -1237,7 +1238,7 @@ def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, t
 def test_a_run_tells_that_the_code_has_changed(tmp_path, capsys):
     for versions in ({"versions": {"opsdc.py": "an older one"}}, {}):
         opsdc.open_run(tmp_path, {"resume": True})
-        assert ("begun with {'opsdc.py': 'an older one'}" in capsys.readouterr().out) == (not versions)
+        assert ("other versions of torch" in capsys.readouterr().out) == (not versions)
         write(tmp_path / "config.json", versions)
 
 

@@ -3,13 +3,14 @@
     pip install matplotlib                # which toy/reproduce.py wants; lora: peft accelerate
     python forks/reproduce.py             # all that is missing, one job per core at a time
     python forks/reproduce.py ema clip    # these variants only
-    python forks/reproduce.py table       # from what there is; the rest says "not run"
+    python forks/reproduce.py table       # from what there is; the rest is empty or "not run"
 
 The page findings.md lists the runs, by variant and flags; README.md the best settings of each variant. To try
 other settings, add a row. What is done is skipped: after a stop, the same command goes on. Runs are kept in
 runs/forks. In the end the figures of both pages are renewed: `git diff` shows what changed.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -32,11 +33,17 @@ def patch(name):
     if name in ("larger", "other_teacher"):
         call("toy/make.py --width 192", MODELS["larger"], "model.safetensors")
     if name not in MODELS and not code.exists():
-        code.mkdir(parents=True)
+        partial = code.with_name(f"{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a patch that failed
+        partial.mkdir(parents=True)
         for file in ("opsdc.py", "eval.py"):
-            shutil.copy(file, code)
-        if name != "opsdc":
-            subprocess.run(["git", "apply", f"--directory={code}", f"forks/{name}.patch"], check=True)
+            shutil.copy(file, partial)
+        if name != "opsdc":  # with a repository around it, git would skip what is not that repository's
+            line = ["git", "apply", str(Path(f"forks/{name}.patch").resolve())]
+            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(partial.parent.resolve())}
+            if subprocess.call(line, cwd=partial, env=alone):
+                raise SystemExit(f"forks/{name}.patch does not apply, or is not there")
+        partial.rename(code)
 
 
 def do(run):
@@ -62,8 +69,11 @@ def variant(title):
     runs, file = three_seeds(f"{name} {flags}".strip()), Path(f"forks/{name}.patch")
     text = file.read_text() if file.exists() else ""
     added, removed = (len(re.findall(line, text, re.M)) for line in (r"^\+(?!\+\+).", r"^-(?!--)."))
-    in_training, as_in_paper = (results(RUNS, runs, 100, sampling) for sampling in ("training", "paper"))
-    cells = tokens_and_accuracy(in_training) + tokens_and_accuracy(as_in_paper)
+    runs = runs[:1] if name in MODELS else runs
+    cells = []
+    for sampling in ("training", "paper"):
+        found = results(RUNS, runs, 100, sampling)
+        cells += tokens_and_accuracy(found if len(found) == len(runs) else [])
     nats = entropy([RUNS / folder(run, 100, "signal") for run in runs], 1)
     return [None, f"+{added} -{removed}" if text else "", *cells, nats, None]
 

