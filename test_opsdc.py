@@ -905,8 +905,7 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
     text = tokenizer.decode(written[0, len(ids) :])
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
-    modes = [(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")]
-    assert modes[0] == modes[1]  # as readable as the rest
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_output_that_nobody_reads_does_not_end_a_run(launched):
