@@ -70,10 +70,8 @@ def variant(title):
     text = file.read_text() if file.exists() else ""
     added, removed = (len(re.findall(line, text, re.M)) for line in (r"^\+(?!\+\+).", r"^-(?!--)."))
     runs = runs[:1] if name in MODELS else runs
-    cells = []
-    for sampling in ("training", "paper"):
-        found = results(RUNS, runs, 100, sampling)
-        cells += tokens_and_accuracy(found if len(found) == len(runs) else [])
+    in_training, as_in_paper = (results(RUNS, runs, 100, sampling) for sampling in ("training", "paper"))
+    cells = tokens_and_accuracy(in_training) + tokens_and_accuracy(as_in_paper)
     nats = entropy([RUNS / folder(run, 100, "signal") for run in runs], 1)
     return [None, f"+{added} -{removed}" if text else "", *cells, nats, None]
 

@@ -63,8 +63,14 @@ def take_model():
         (RUNS / "base.partial").rename(RUNS / "base")
 
 
-def checkpoint(model):
+def run_and_step(model):
+    """`opsdc --seed 1, step 16` -> "opsdc --seed 1", 16; the step of `base` is 0."""
     run, _, step = model.partition(", step ")
+    return run, int(step or 0)
+
+
+def checkpoint(model):
+    run, step = run_and_step(model)
     return str(RUNS / folder(run) / f"step_{step}" if step else RUNS / "base")
 
 
@@ -120,8 +126,7 @@ def evaluate(name, how):
 
 def do(models):
     """The training of a run, if it has any, and the responses of its models."""
-    run = models[0].partition(", step ")[0]
-    last = max(int(model.partition(", step ")[2] or 0) for model in models)
+    run, last = max(map(run_and_step, models), key=lambda pair: pair[1])
     if last:
         method, _, flags = run.partition(" ")
         code = "opsdc.py" if method == "opsdc" else f"runs/forks/code/{method}/opsdc.py"
@@ -264,7 +269,7 @@ if __name__ == "__main__":
     evaluate("base", "others")  # first: all others are compared with its responses
     runs = {}
     for model in dict.fromkeys(MODELS + WORDINGS):
-        runs.setdefault(model.split(", step ")[0], []).append(model)
+        runs.setdefault(run_and_step(model)[0], []).append(model)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         list(pool.map(do, sorted(runs.values(), key=len, reverse=True)))  # the longest first
     tables = [partial(result, how) for how in ("greedy", "greedy", "sampled")]

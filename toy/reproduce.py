@@ -76,9 +76,11 @@ def three_seeds(run):
 
 
 def results(runs, names, step, sampling="training"):
-    """What eval.py found for each of these runs; those that were not evaluated are left out."""
+    """What eval.py found for each of these runs; nothing, where one was not evaluated."""
     files = [runs / folder("eval", name, step, sampling) / "results.json" for name in names]
-    return [json.loads(file.read_text())["results"]["toy/test.jsonl"] for file in files if file.exists()]
+    if not all(file.exists() for file in files):
+        return []
+    return [json.loads(file.read_text())["results"]["toy/test.jsonl"] for file in files]
 
 
 def cell(found, key, scale=1):
@@ -100,9 +102,10 @@ def logged(out, key, last):
 
 
 def entropy(logs, last):
-    """A cell: the mean over those of these runs that there are."""
-    nats = [logged(log, "entropy", last) for log in logs if (log / "metrics.jsonl").exists()]
-    return f"{fmean(nats):.3f}" if nats else ""
+    """A cell: the mean over these runs; empty, where one is missing."""
+    if not all((log / "metrics.jsonl").exists() for log in logs):
+        return ""
+    return f"{fmean(logged(log, 'entropy', last) for log in logs):.3f}"
 
 
 def token_kls(out, tokenizer):
@@ -188,7 +191,7 @@ def models(title):
 def main_result(sampling, title):
     runs, step = models(title)
     before, found = results(RUNS, ["base"], 0, sampling), results(RUNS, runs, step, sampling)
-    if not before or len(found) < len(runs):
+    if not before or not found:
         return ["not run"] * 3
     mean, base = (fmean(x["response_tokens"] for x in some) for some in (found, before))
     tokens, accuracy = tokens_and_accuracy(found)
@@ -198,7 +201,7 @@ def main_result(sampling, title):
 def variant(title):
     runs, step = models(title)
     found = results(RUNS, runs, step)
-    if len(found) < len(runs):
+    if not found:
         return ["not run"] * 5
     cut_off = 100 * fmean(x["truncated"] for x in found)
     levels = zip(*([x["response_tokens"] for x in one["by"]["level"].values()] for one in found))
