@@ -719,8 +719,8 @@ def load_checkpoint(cfg, state):
     say(f"continuing after step {step}" if step else "beginning with step 1")
     if RANK == 0:
         folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
-        for partial in [*Path(cfg.out).rglob("step_*.partial")]:  # of a save that a kill cut short
-            shutil.rmtree(partial)
+        for partial in [*folder.glob("step_*.partial"), *folder.parent.glob("step_*.partial")]:
+            shutil.rmtree(partial)  # of a save that a kill cut short
         for log in (Path(cfg.out, log) for log in LOGS):
             if log.exists():
                 kept = [json.dumps(x) + "\n" for x in read_lines(log) if x["step"] <= step]
