@@ -40,10 +40,8 @@ import resource
 import shlex
 import shutil
 import signal
-import string
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -114,10 +112,9 @@ INSTRUCTIONS = {  # c, as the paper words it
     "answer. Never omit a step that the answer depends on.",
 }
 STEP_BY_STEP = "Solve the following math problem step by step."
-MATH_PROMPT = (
-    STEP_BY_STEP + " The last line of your response should be of the form Answer: $Answer (without quotes) "
-    "where $Answer is the answer to the problem.\n\n{}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
+MATH_PROMPT = STEP_BY_STEP + (
+    " The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is "
+    'the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
 )
 
 
@@ -137,7 +134,7 @@ def student_messages(row):
         raise ValueError(f"{column} must be text, or a list (no text) of messages that ends with the user's")
     text = messages[-1]["content"]
     if options := option_texts(row):
-        listed = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
+        listed = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
         text = "\n".join([text, "", *listed, "", "The answer is the letter of the right option."])
     if column != "prompt" and not text.startswith(STEP_BY_STEP):
         text = MATH_PROMPT.format(text)
@@ -269,7 +266,7 @@ def train(cfg):
     sampling = sampling_settings(stop_tokens, cfg.max_response_tokens, cfg.temperature)
     if done:
         export(cfg, done, student, tokenizer)  # a kill may have come between checkpoint and export
-    signals, bad_steps, began = note_signals(), 0, time.time()
+    signals, skipped, began = note_signals(), 0, time.time()
 
     for step in range(done + 1, cfg.steps + 1):
         start = time.time()
@@ -285,18 +282,16 @@ def train(cfg):
 
         loss, entropy = accumulate_gradient(student, teacher, batch, responses, cfg)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip).full_tensor().item()
-        skipped = not math.isfinite(grad_norm)  # the same on every process
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1  # in a row, the same on every process
         if not skipped:
             optimizer.step()  # [9]
         optimizer.zero_grad()
-
         now = time.time()
         left = (now - began) / (step - done) * (cfg.steps - step)
-        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped, "seconds": now - start}
-        figures |= {"seconds_rollout": generated - start, "seconds_train": now - generated}
+        figures = dict(grad_norm=grad_norm, refreshed=refreshed, skipped=skipped > 0, seconds=now - start)
+        figures |= dict(seconds_rollout=generated - start, seconds_train=now - generated)
         log_step(cfg, step, tokenizer, stop_tokens, zip(batch, responses, loss, entropy), figures, left)
-        bad_steps = bad_steps + 1 if skipped else 0
-        if bad_steps == 3:
+        if skipped == 3:
             fail(f"no finite gradient in 3 steps, up to step {step}: lower --lr and choose another --out", 1)
         dist.all_reduce(stop := torch.tensor(len(signals), device=DEVICE))  # told to one, told to all
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
@@ -309,7 +304,6 @@ def train(cfg):
 
 
 # --------------------------------------------------------------- plumbing: skip what follows on first reading
-# ----------------------------------------------------------------------------------------- processes, devices
 CONTINUE = "The same command with --resume continues after the last checkpoint."
 OUT_OF_MEMORY = "out of memory|ALLOC_FAILED"  # torch has a type for it; NCCL, cuBLAS and the driver say so
 
@@ -321,10 +315,10 @@ def start_processes():
         torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")  # TF32, in which products of bf16 numbers are exact
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new length: 43 ms a token (8B)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if WORLD == 1 else {}
-    alone |= {"device_id": DEVICE if CUDA else None}
+    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if WORLD == 1 else {}
+    group |= {"device_id": DEVICE} if CUDA else {}
     # They wait for the longest rollout of all. When one fails, torchrun ends the others.
-    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=24), **alone)
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=24), **group)
     say(f"running on {WORLD} x {DEVICE.type}")
 
 
@@ -337,9 +331,8 @@ def note_signals():
         times.append(time.time())
         if times[-1] > times[0] + 1:
             os._exit(128 + number)
-        if RANK == 0 and len(times) == 1:
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"stopping after this step; a second signal stops at once, and saves nothing\n")
+        if len(times) == 1:
+            say("stopping after this step; a second signal stops at once, and saves nothing")
 
     for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice
@@ -348,17 +341,16 @@ def note_signals():
 
 
 def say(message):
-    """Print on the first process. A closed pipe or terminal does not end a run."""
+    """Print on the first process. No closed pipe, and no signal that comes while printing, ends a run."""
     if RANK == 0:
         try:
             print(message, flush=True)
-        except OSError:
+        except (OSError, RuntimeError):
             sys.stdout = open(os.devnull, "w")
 
 
 def fail(message, code=2):
-    """End this process with one line and an exit code: 2 for wrong input, which all processes of a machine
-    see alike and one of them reports, 1 for what went wrong on the way."""
+    """End with one line and an exit code: 2 for wrong input, which one process reports, 1 for the rest."""
     if code == 1 or LOCAL_RANK <= 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -378,18 +370,17 @@ COPIED_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "genera
 def inspect_model(name):
     """-> tokenizer, stop tokens, context length, digest of the model's files, or of its commit on the hub.
     What can be wrong with --model shows here, before its weights load."""
-    folder, local = Path(name), Path(name).is_dir()
+    local, wanted = Path(name).is_dir(), ("config.json", *COPIED_FILES)
     try:
-        if not local:
-            folder = Path(snapshot_download(name, allow_patterns=("config.json", *COPIED_FILES)))
+        folder = Path(name if local else snapshot_download(name, allow_patterns=wanted))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        generation = GenerationConfig.from_model_config(config)
         if (folder / "generation_config.json").exists():
-            ends = GenerationConfig.from_pretrained(folder).eos_token_id
-        else:
-            ends = GenerationConfig.from_model_config(config).eos_token_id
+            generation = GenerationConfig.from_pretrained(folder)
         # Fine-tunes may end a turn with a token of the tokenizer's that the model's list does not have.
-        stop_tokens = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+        ends = numpy.atleast_1d(generation.eos_token_id).tolist()
+        stop_tokens = sorted({*ends, tokenizer.eos_token_id} - {None})
         text_config = config.get_text_config()
         context = int(getattr(text_config, "max_position_embeddings", None) or 2**62)
         files = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) if local else ())]
@@ -416,9 +407,8 @@ def inspect_model(name):
 
 
 def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
-    """A generation config in which every knob of sampling is stated; temperature 0 is greedy. What generate()
-    is not told it takes from the checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from
-    the library (top-k 50)."""
+    """Every knob of sampling; temperature 0 is greedy. What is not stated, generate() takes from the
+    checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from the library (top-k 50)."""
     knobs = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
     ends = {"eos_token_id": stop_tokens, "pad_token_id": stop_tokens[0], "max_new_tokens": max_new_tokens}
     return GenerationConfig(do_sample=temperature > 0, **knobs, **ends)
@@ -426,15 +416,14 @@ def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, t
 
 def load_model(name, dtype):
     """An ordinary transformers model in host memory, without pickles or code from the hub; "auto" is its own
-    dtype. transformers makes up weights that the files lack: that is refused."""
+    dtype. Weights that its files lack are refused, since transformers makes them up."""
     flags = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, ignore_mismatched_sizes=True, **flags)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"--model {name} cannot be loaded: {one_line(error)}")
     for what, tell in (("missing", fail), ("mismatched", fail), ("unexpected", say)):
-        keys = sorted(map(str, info[f"{what}_keys"]))
-        if keys:
+        if keys := sorted(map(str, info[f"{what}_keys"])):
             tell(f"--model {name}: {len(keys)} of its weights are {what}, such as {keys[0]}")
     model.generation_config = GenerationConfig()  # generate() fills gaps from it: not from the checkpoint's
     return model.eval()
@@ -443,13 +432,8 @@ def load_model(name, dtype):
 def shard(model):
     """FSDP2: split each decoder layer, then the rest, over all processes and move them to the device, one at
     a time. Compute in bf16 on GPUs, reduce gradients in fp32. Parameters keep their dtype."""
-    if not hasattr(model.base_model, "layers"):
-        fail(f"--model: {type(model).__name__} keeps its decoder layers elsewhere than in .layers")
     if wrong := misreading(model, scored=True):
         fail(f"--model: {type(model).__name__} cannot be used, {wrong}")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if model.config.tie_word_embeddings and not tied:  # unsharded() would take one for the other
-        fail('--model: its LM head is not its embedding: set "tie_word_embeddings": false in its config.json')
     policy = MixedPrecisionPolicy(COMPUTE_DTYPE, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(DEVICE.type, (WORLD,))
     for unit in [*model.base_model.layers, model]:
@@ -466,9 +450,8 @@ def shard(model):
 
 @torch.no_grad()
 def misreading(model, part=None, scored=False):
-    """-> how a text is misread, or "". If it is to be scored, its logits must be hidden states times LM head.
-    Padded on the left, through a cache and in parts of `part` tokens (None: as a whole) generate() must come
-    to the logits of one plain pass, which is what training sees."""
+    """-> how a text is misread, or "". Padded on the left, through a cache and in parts of `part` tokens,
+    generate() must come to the logits of one plain pass; if scored, these are hidden states times LM head."""
     text = torch.arange(3, 11, device=model.device)[None]
     padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (text, torch.ones_like(text)))
     told = {"do_sample": False, "prefill_chunk_size": part, "pad_token_id": 0, "max_new_tokens": 2}
@@ -479,20 +462,23 @@ def misreading(model, part=None, scored=False):
         return f"generate() fails: {one_line(error)}"
     text = read.sequences[:, 3:-1]
     plain = model(text).logits  # [1, S, V]
+    if scored and not hasattr(model.base_model, "layers"):
+        return "its decoder layers are elsewhere than in .layers"
     if scored:
         hidden, head = model.base_model(text).last_hidden_state, model.get_output_embeddings().weight
         ours = torch.nn.functional.linear(hidden.to(head), head)
         if not (plain.to(head) - ours).norm() < 1e-3 * ours.norm():  # NaN is not
             return "its logits are more than hidden states times LM head (a bias, a scale, a softcap, NaN?)"
+        if model.config.tie_word_embeddings and head is not model.get_input_embeddings().weight:
+            return 'its LM head is not its embedding: set "tie_word_embeddings": false in its config.json'
     same = (plain[0, -2:] - torch.cat(read.logits)).norm() < 0.05 * plain[0, -2:].norm()  # bf16 is not exact
     return "" if same else "its logits change when a text is padded on the left or read with a cache"
 
 
 @torch.no_grad()
 def unsharded(model, dtype):
-    """An ordinary transformers model with all weights of a sharded one, on every process; all of them call it
-    together. Otherwise each generated token would gather the whole model, and no process could finish before
-    the others. Parameters come in `dtype`, buffers as they are. Give it no name, and it goes after use."""
+    """An ordinary transformers model with all weights of a sharded one, as `dtype`; all processes call it
+    together. With FSDP each token would gather all weights anew. Give it no name, and it goes after use."""
     torch.cuda.empty_cache()  # FSDP's streams keep up to 16 GB (14B, 8 GPUs) out of reach
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
@@ -508,8 +494,8 @@ def unsharded(model, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------- data
-DATE = datetime(2026, 1, 1)  # what chat templates print for today: the same prompts every day
-transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: DATE)
+# What chat templates print for today: the same prompts every day.
+transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 1))
 REFUSALS = TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
@@ -558,16 +544,14 @@ def option_texts(row):
     """The `choices` or `options` of a row, 2 to 26 texts or a dict with them as `text` -> the texts."""
     options = row.get("choices") or row.get("options") or []
     texts = options.get("text") if isinstance(options, dict) else options
-    fits = isinstance(texts, list) and 1 < len(texts) < 27 and all(isinstance(text, str) for text in texts)
-    if options and not fits:
+    if options and not (isinstance(texts, list) and 1 < len(texts) < 27 and {*map(type, texts)} == {str}):
         raise ValueError("its choices or options must be 2 to 26 texts, or a dict with such a list as text")
     return texts
 
 
 def load_rows(data, split=None, configuration=None):
-    """The rows of a file, a saved-dataset folder or a hub name, as dicts; no split named: of test, or of a
-    folder's only one. Raises ValueError for what cannot be read. Files are read here and not by load_dataset,
-    which gives old rows where a file's time has not changed, and turns the answer 0.00001 into 1e-05."""
+    """The rows of a file, saved dataset or hub name; no split named: of test, or of the only one. Files are
+    read here: load_dataset gives old rows where the time has not changed, and turns 0.00001 into 1e-05."""
     path, kind = Path(data), Path(data).suffix.lower()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it finds wrong is told once, by us
     datasets.disable_progress_bars()
@@ -619,39 +603,37 @@ MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_bat
 
 def open_run(out, settings, code=__file__):
     """Lock the folder `out` until this process ends, and write config.json. Refused, so that nothing is
-    overwritten: other files, a run that is still going on, to begin one where there is one, to resume one of
-    other settings or without its checkpoint."""
+    overwritten: other files, a run still going on, a second beginning, and to resume with other settings."""
     if RANK > 0:
         return
-    out, before, resume = Path(out), settings, settings.get("resume", True)  # eval.py always resumes
+    out, resume = Path(out), settings.get("resume", True)  # eval.py always resumes
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    versions |= {Path(file).name: digest(Path(file).read_bytes()) for file in (__file__, code)}
+    versions["python"] = sys.version.split()[0]
+    before = config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
     try:
         if out.is_dir() and set(os.listdir(out)) - {".lock", "config.json.partial"}:
             before = json.loads((out / "config.json").read_text())
         changed = [key for key in settings if key not in MAY_CHANGE and before[key] != settings[key]]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
-    if resume and changed:
-        was = "; ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
-        fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    versions["python"] = sys.version.split()[0]
-    versions |= {Path(file).name: digest(Path(file).read_bytes()) for file in (__file__, code)}
-    if other := [key for key in versions if before.get("versions", versions).get(key) != versions[key]]:
-        say(f"what is in {out} was last written with other versions of {', '.join(other)}")
-    config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
-    try:
+        if resume and changed:
+            was = "; ".join(f"{key} was {before[key]!r}, is {settings[key]!r}" for key in changed)
+            fail(f"--out {out} holds a run of other settings ({was}): choose another folder")
+        if other := [key for key in versions if before["versions"].get(key) != versions[key]]:
+            say(f"what is in {out} was last written with other versions of {', '.join(other)}")
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        begun = *LOGS, "step_*/*.safetensors", "checkpoint/step_*/*.safetensors"
-        if any(any(out.glob(pattern)) for pattern in begun):
-            if not resume:
-                fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
-            if not (out / "checkpoint").is_dir():
-                fail(f"--resume: the folder {out}/checkpoint is gone: choose another --out to start anew")
-            if settings["steps"] < (done := last_checkpoint(out)):
-                fail(f"--steps {settings['steps']}: the run in {out} is at step {done} already")
+        begun = any(any(out.glob(pattern)) for pattern in (*LOGS, "step_*", "checkpoint/step_*"))
+        if begun and not resume:
+            fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+        if begun and not (out / "checkpoint").is_dir():
+            fail(f"--resume: the folder {out}/checkpoint is gone: choose another --out to start anew")
+        done = [int(path.name[5:]) for path in out.glob("checkpoint/step_*[0-9]")]
+        if done and settings["steps"] < max(done):
+            fail(f"--steps {settings['steps']}: the run in {out} is at step {max(done)} already")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
     except BlockingIOError:
         fail(f"--out {out}: another process is writing there")
     except OSError as error:
@@ -683,16 +665,38 @@ def save_checkpoint(cfg, step, state):
             shutil.rmtree(other, ignore_errors=True)  # a file is none of ours
 
 
+def load_checkpoint(cfg, state):
+    """With --resume, fill `state` from the last checkpoint and drop what was logged after it -> its step."""
+    out = Path(cfg.out)
+    if not (out / "config.json").exists():  # the first process wrote it before they met
+        fail(f"--out {out} is not seen by this machine: take a folder that all of them share", 1)
+    done = [int(path.name[5:]) for path in out.glob("checkpoint/step_*[0-9]")]
+    step = max(done, default=0) if cfg.resume else 0
+    path = out / "checkpoint" / f"step_{step}"
+    try:
+        if step:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except dcp.CheckpointException as error:  # around whatever went wrong
+        fail(f"--resume: {path} is damaged ({one_line(error)}): choose another --out", 1)
+    say(f"{'continuing' if step else 'beginning'} with step {step + 1}")
+    if RANK == 0:
+        path.parent.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
+        for partial in [*out.glob("step_*.partial"), *out.glob("checkpoint/step_*.partial")]:
+            shutil.rmtree(partial)  # of a save that a kill cut short
+        for log in (out / log for log in LOGS if (out / log).exists()):
+            replace_file(log, "".join(json.dumps(x) + "\n" for x in read_lines(log) if x["step"] <= step))
+    return step
+
+
 def export(cfg, step, student, tokenizer):
     """step_N/: the student as an ordinary Hugging Face folder in bf16, written by one process. All but the
     weights is copied as it came, since transformers 4 reads some of what 5 writes wrongly or not at all."""
-    path = Path(cfg.out, f"step_{step}")
+    path, source = Path(cfg.out, f"step_{step}"), Path(tokenizer.name_or_path)
     model = unsharded(student, torch.bfloat16)
     if RANK == 0 and not path.exists():
         partial = path.with_name(f"{path.name}.partial")
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(partial)
-        source = Path(tokenizer.name_or_path)
         for file in (file for pattern in COPIED_FILES for file in source.glob(pattern) if file.is_file()):
             shutil.copy(file, partial)
         came, config = (json.loads((folder / "config.json").read_text()) for folder in (source, partial))
@@ -706,44 +710,17 @@ def export(cfg, step, student, tokenizer):
         say(f"the model is in {path}")
 
 
-def load_checkpoint(cfg, state):
-    """With --resume, fill `state` from the last checkpoint and drop what was logged after it -> its step."""
-    if not Path(cfg.out, "config.json").exists():  # the first process wrote it before they met
-        fail(f"--out {cfg.out} is not seen by this machine: take a folder that all of them share", 1)
-    step, folder = last_checkpoint(cfg.out) if cfg.resume else 0, Path(cfg.out, "checkpoint")
-    if step:
-        try:
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / f"step_{step}")))
-        except dcp.CheckpointException as error:  # around whatever went wrong
-            fail(f"--resume: {folder}/step_{step} is damaged ({one_line(error)}): choose another --out", 1)
-    say(f"continuing after step {step}" if step else "beginning with step 1")
-    if RANK == 0:
-        folder.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
-        for partial in [*folder.glob("step_*.partial"), *folder.parent.glob("step_*.partial")]:
-            shutil.rmtree(partial)  # of a save that a kill cut short
-        for log in (Path(cfg.out, log) for log in LOGS):
-            if log.exists():
-                kept = [json.dumps(x) + "\n" for x in read_lines(log) if x["step"] <= step]
-                replace_file(log, "".join(kept))
-    return step
-
-
-def last_checkpoint(out):
-    return max([int(path.name[5:]) for path in Path(out, "checkpoint").glob("step_*[0-9]")], default=0)
-
-
 # ------------------------------------------------------------------------------------------- logs, JSON files
 def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
-    """Log a step and print a line; all processes call it together. `rows`: its own ((x, xc), y, KL [T],
-    entropy [T]); `figures`: what else is logged, as the first process has it; `left`: seconds to go."""
-    records = []
+    """Log a step and print a line; all processes call it together. `rows`: ((x, xc), y, KL [T], entropy [T])
+    of each of its own rollouts; `figures`: what else is logged; `left`: seconds to go."""
+    records, everyone = [], [None] * WORLD
     for (x, xc), y, kl, entropy in rows:
         ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
         record = {"step": step} | {name: tokenizer.decode(one) for name, one in ids.items()}
         record |= {f"{name}_ids": one for name, one in ids.items()} | {"entropy": entropy.mean().item()}
         records.append(record | {"kl": kl.mean().item(), "token_kl": kl.tolist()})
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    everyone = [None] * WORLD
     dist.all_gather_object(everyone, (records, torch.cuda.max_memory_allocated() if CUDA else resident))
     if RANK > 0:
         return
@@ -759,15 +736,14 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
         "peak_memory_gb": max(peak for _, peak in everyone) / 1e9,
     }
     for name, lines in zip(LOGS, ([metrics], records[: cfg.log_rollouts])):
-        with Path(cfg.out, name).open("a", encoding="utf-8") as file:
+        with Path(cfg.out, name).open("a") as file:
             for line in lines:  # NaN and infinity, which JSON does not know, become null
-                line = json.loads(json.dumps(line), parse_constant=lambda _: None)
-                file.write(json.dumps(line) + "\n")
+                print(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)), file=file)
     for what in ("student_prompt", "teacher_prompt", "response") if step == 1 else ():
         say(f"--- {what} ---\n{records[0][what]}")
     line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
-    line += "  entropy {entropy:.3f}  {seconds:.1f} s"
-    line += "  left {left}" + "  teacher refreshed" * metrics["refreshed"]
+    line += "  entropy {entropy:.3f}  {seconds:.1f} s  left {left}"
+    line += "  teacher refreshed" * metrics["refreshed"]
     line += "  update skipped: gradient not finite" * metrics["skipped"]
     say(line.format(**metrics, steps=cfg.steps, left=timedelta(seconds=round(left))))
 
@@ -793,11 +769,10 @@ def digest(value):
 
 # ------------------------------------------------------------------------------------------------------ entry
 RULES = (  # what a setting must be, here and in eval.py; a default is not asked
-    ("at least 1", lambda x: x >= 1,
-     "steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every n"),
+    ("above 0", lambda x: 0 < x < math.inf,
+     "steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every n lr grad_clip"),
     ("0 or more", lambda x: 0 <= x < math.inf,
      "refresh_every log_rollouts weight_decay temperature top_k limit"),
-    ("above 0", lambda x: 0 < x < math.inf, "lr grad_clip"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p"),
     ("something other than empty", bool, "model data out"),
     ("v1, v2 or a text", lambda x: x in INSTRUCTIONS or not re.fullmatch(r"|[vV]\d+\W*", x), "instruction"),
