@@ -21,7 +21,6 @@ import gc
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import random
 import re
@@ -194,13 +193,14 @@ def equivalent(gold, text):
 
 
 # --------------------------------------------------------------------------------------------------- problems
-BENCHMARKS = {  # hub name, configuration, split
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"),
-    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-    "mmlu": ("cais/mmlu", "all", "test"),
+BENCHMARKS = {  # hub name:split, configuration
+    "math500": ("HuggingFaceH4/MATH-500:test", None),
+    "aime24": ("HuggingFaceH4/aime_2024:train", None),
+    "aime25": ("math-ai/aime25:test", None),
+    "gpqa": ("Idavidrein/gpqa:train", "gpqa_diamond"),
+    "mmlu": ("cais/mmlu:test", "all"),
 }
+GROUPS = ("level", "subject")  # reported on their own, where the data has them
 
 
 class Problem(NamedTuple):
@@ -210,39 +210,37 @@ class Problem(NamedTuple):
     prompt: list  # token ids [P]
     thinking: bool  # whether the prompt itself opens the thinking, as some chat templates do
     gold: str
-    groups: dict  # its level and subject, where the data has them
+    groups: dict  # its level and subject
 
 
 def load_problems(cfg, tokenizer, context):
     instruction = opsdc.INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
-    problems = []
-    for name in data_sets(cfg.data):
-        source, configuration, split = BENCHMARKS.get(name, (name, None, None))
-        if name not in BENCHMARKS and not Path(name).exists():
-            source, _, split = name.partition(":")
-        try:
+    # A comma separates two data sets, unless the whole is a path.
+    names = [cfg.data] if Path(cfg.data).exists() else [name.strip() for name in cfg.data.split(",")]
+    paths = [Path(name).resolve() for name in names]
+    if len(set(paths)) < len(paths) or Path("").resolve() in paths:
+        fail(f"--data {cfg.data} names a data set twice, or none")
+    problems, place = [], ""
+    try:
+        for name in names:
+            place = name
+            source, configuration = BENCHMARKS.get(name, (name, None))
+            source, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
             rows = opsdc.load_rows(source, split, configuration)
-        except ValueError as error:
-            fail(f"--data {name}: {one_line(error)}")
-        for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
-            try:
+            for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
+                place = f"{name}, row {number + 1}"
                 row, gold = with_gold(row)
                 question = opsdc.student_messages(row)
                 asked = opsdc.teacher_messages(row, instruction) if instruction else question
                 prompt = opsdc.prompt_ids(tokenizer, asked)
                 if len(prompt) >= context:
                     raise ValueError(f"has {len(prompt)} tokens and fills the model's context of {context}")
-            except ValueError as error:
-                fail(f"--data {name}, row {number + 1}: {error}")
-            thinking = tokenizer.decode(prompt).rstrip().endswith("<think>")
-            groups = {key: str(row[key]) for key in ("level", "subject") if key in row}
-            problems.append(Problem(name, number, digest(question), prompt, thinking, gold, groups))
+                thinking = tokenizer.decode(prompt).rstrip().endswith("<think>")
+                groups = {key: str(row[key]) for key in GROUPS if key in row}
+                problems.append(Problem(name, number, digest(question), prompt, thinking, gold, groups))
+    except ValueError as error:
+        fail(f"--data {place}: {error}")
     return problems
-
-
-def data_sets(data):
-    """The names in --data. A comma separates two, unless the whole is a path."""
-    return [data] if Path(data).exists() else [name.strip() for name in data.split(",")]
 
 
 def with_gold(row):
@@ -267,12 +265,11 @@ def with_gold(row):
     listed = row.get("choices", row.get("options"))
     labels = listed.get("label") or [] if isinstance(listed, dict) else []
     letters = string.ascii_uppercase[: len(options)]
-    names = [labels, range(len(options))] if isinstance(answer, int) else [labels, letters, options]
-    names = [[str(name) for name in some] for some in names]
-    right = next((some.index(str(answer)) for some in names if str(answer) in some), None)
-    if right is None:
-        raise ValueError(f"its answer {answer!r} is none of its {len(options)} options")
-    return row, letters[right]
+    for names in (labels, range(len(options))) if isinstance(answer, int) else (labels, letters, options):
+        names = [str(name) for name in names]
+        if str(answer) in names:
+            return row, letters[names.index(str(answer))]
+    raise ValueError(f"its answer {answer!r} is none of its {len(options)} options")
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -283,10 +280,8 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
     are done leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV
     cache of `rows` texts of full length holds.
     """
-    texts, waiting, full = list(prompts), list(range(len(prompts))), max(limits)
-    for leg in itertools.count():
-        if not waiting:
-            return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+    texts, waiting, full, leg = list(prompts), list(range(len(prompts))), max(limits), 0
+    while waiting:
         waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
         # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
         # longest that is 9 tokens read for each one written (reading is some hundred times as fast), and a
@@ -300,6 +295,8 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
             texts[i] = (texts[i] + new)[: limits[i]]
             if texts[i][-1] not in sampling.eos_token_id and len(texts[i]) < limits[i]:
                 waiting.append(i)
+        leg += 1
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
 
 
 def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part):
@@ -347,10 +344,10 @@ def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part
 
 def collect(out):
     """Put all samples on disk into samples.jsonl, in order -> the records; on the first process only."""
-    files = sorted(out.glob("samples*.jsonl"))
-    records = [record for file in files for record in opsdc.read_lines(file)]
-    records = {(record["data"], record["problem"], record["sample"]): record for record in records}
-    records = [record for _, record in sorted(records.items())]
+    found = {}
+    for file in sorted(out.glob("samples*.jsonl")):
+        found |= {(x["data"], x["problem"], x["sample"]): x for x in opsdc.read_lines(file)}
+    records = [found[key] for key in sorted(found)]
     opsdc.replace_file(out / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     for file in out.glob("samples.*.jsonl"):
         file.unlink()
@@ -358,25 +355,25 @@ def collect(out):
 
 
 # ----------------------------------------------------------------------------------------------------- report
-MEASURES = {"accuracy_dual": "dual", "accuracy_answer": "answer", "accuracy_boxed": "boxed"}
-MEASURES |= {"response_tokens": "response_tokens"}
+MEASURES = {"dual": "accuracy_dual", "answer": "accuracy_answer", "boxed": "accuracy_boxed"}
+MEASURES |= {"response_tokens": "response_tokens"}  # columns of a sample, and what the report calls them
 
 
-def mean_and_se(by_problem):
+def mean_and_se(name, by_problem):
     """Mean and standard error of per-problem means: samples of one problem are not independent."""
     se = by_problem.sem()
-    return by_problem.mean(), None if math.isnan(se) else se
+    return {name: by_problem.mean(), f"{name}_se": None if pandas.isna(se) else se}
 
 
 def summarize(frame):
     """The report on some samples (one a row), each problem with the same number of them."""
-    by_problem = frame.groupby("problem")[list(MEASURES.values())].mean()
+    by_problem = frame.groupby("problem")[list(MEASURES)].mean()
     summary = {"problems": len(by_problem), "samples": len(frame)}
-    for name, column in MEASURES.items():
-        summary[name], summary[f"{name}_se"] = mean_and_se(by_problem[column])
+    for column, name in MEASURES.items():
+        summary |= mean_and_se(name, by_problem[column])
     return summary | {
-        "response_tokens_median": float(frame["response_tokens"].median()),
-        "truncated": float(frame["truncated"].mean()),
+        "response_tokens_median": frame["response_tokens"].median(),
+        "truncated": frame["truncated"].mean(),
         "per_problem": by_problem.rename(columns={"dual": "accuracy"}).reset_index().to_dict("list"),
     }
 
@@ -385,23 +382,21 @@ def compare(ours, baseline):
     """Token reduction and accuracy change against another run on the same problems, paired, with standard
     errors. reduction = 1 - r, r a ratio of means; its error by linearization: that of ours - r * theirs."""
     mine, theirs = (pandas.DataFrame(run["per_problem"]) for run in (ours, baseline))
-    mean = theirs["response_tokens"].mean()
-    r = mine["response_tokens"].mean() / mean
-    _, reduction_se = mean_and_se((mine["response_tokens"] - r * theirs["response_tokens"]) / mean)
-    change, change_se = mean_and_se(mine["accuracy"] - theirs["accuracy"])
-    figures = {"reduction": 1 - r, "reduction_se": reduction_se}
-    return figures | {"accuracy_change": change, "accuracy_change_se": change_se}
+    tokens, before = mine["response_tokens"], theirs["response_tokens"]
+    r = tokens.mean() / before.mean()
+    reduction = 1 - r - (tokens - r * before) / before.mean()  # one a problem; their mean is 1 - r
+    change = mine["accuracy"] - theirs["accuracy"]
+    return mean_and_se("reduction", reduction) | mean_and_se("accuracy_change", change)
 
 
 def report(samples, baseline):
     """-> {data set: summary, with one for each level and subject under "by"}."""
     results = {}
-    frame = pandas.DataFrame(samples)
-    frame[["dual", "answer", "boxed"]] = frame[["dual", "answer", "boxed"]].astype(float)
-    for name, part in frame.groupby("data", sort=False):
+    for name, part in pandas.DataFrame(samples).groupby("data", sort=False):
+        part = part.dropna(axis="columns", how="all")  # groups of other data sets
+        by = {group: part.groupby(group) for group in GROUPS if group in part}
         results[name] = summarize(part)
-        groups = [group for group in ("level", "subject") if group in part and part[group].notna().any()]
-        results[name]["by"] = {group: {v: summarize(x) for v, x in part.groupby(group)} for group in groups}
+        results[name]["by"] = {group: {v: summarize(x) for v, x in some} for group, some in by.items()}
         if baseline:
             results[name]["versus_baseline"] = compare(results[name], baseline[name])
     return results
@@ -409,22 +404,20 @@ def report(samples, baseline):
 
 def table(results):
     """Markdown, to be pasted as it stands."""
-    compared = any("versus_baseline" in result for result in results.values())
-    heads = ["data", "problems x samples", "accuracy %", "by `Answer:`", "by boxed"]
-    heads += ["response tokens", "median", "truncated %"]
-    heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"] if compared else []
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    rows, heads = [], ("accuracy %", "by `Answer:`", "by boxed", "response tokens")
     for name, x in results.items():
-        cells = [name, f"{x['problems']} x {x['samples'] / x['problems']:.0f}"]
-        for key in MEASURES:
+        row = {"data": name, "problems x samples": f"{x['problems']} x {x['samples'] / x['problems']:.0f}"}
+        for key, head in zip(MEASURES.values(), heads):
             scale, se = 1 if key == "response_tokens" else 100, x[f"{key}_se"]
-            cells.append(f"{scale * x[key]:.1f}" + (f" ± {scale * se:.1f}" if se is not None else ""))
-        cells += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
-        for key in ("reduction", "accuracy_change") if compared else ():
-            value, se = 100 * x["versus_baseline"][key], x["versus_baseline"][f"{key}_se"]
-            span = f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else ""
-            cells.append(f"{value:.1f}{span}")
-        lines.append(cells)
+            row[head] = f"{scale * x[key]:.1f}" + (f" ± {scale * se:.1f}" if se is not None else "")
+        row |= {"median": f"{x['response_tokens_median']:.0f}", "truncated %": f"{100 * x['truncated']:.1f}"}
+        if versus := x.get("versus_baseline"):
+            for key, head in ("reduction", "fewer tokens %"), ("accuracy_change", "accuracy change"):
+                value, se = 100 * versus[key], versus[f"{key}_se"]
+                span = f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else ""
+                row[f"{head} (95 % CI)"] = f"{value:.1f}{span}"
+        rows.append(row.values())
+    lines = [row, ["---"] + ["---:"] * (len(row) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -432,9 +425,9 @@ def table(results):
 def evaluate(cfg):
     tokenizer, stop_tokens, context, version = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    asked = {name: [x for x in problems if x.data == name] for name in data_sets(cfg.data)}
-    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in asked.items()}
-    baseline = load_baseline(cfg, questions)
+    by_data = itertools.groupby(problems, lambda problem: problem.data)
+    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in by_data}
+    baseline = load_baseline(cfg, questions) if cfg.baseline else {}
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
     settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
@@ -468,29 +461,22 @@ def evaluate(cfg):
 
 def load_baseline(cfg, questions):
     """-> its results by data set, once it is sure that they answer the same questions, sampled alike."""
-    if not cfg.baseline:
-        return {}
     try:
         theirs = json.loads(Path(cfg.baseline).read_text())
         alike = ("temperature", "top_p", "top_k", "max_response_tokens")
-        other = [f"--{name} {theirs[name]}" for name in alike if theirs[name] != getattr(cfg, name)]
-        unlike = [name for name in questions if theirs["questions"].get(name) != questions[name]]
-        results = theirs["results"]
+        if other := [f"--{name} {theirs[name]}" for name in alike if theirs[name] != getattr(cfg, name)]:
+            fail(f"--baseline {cfg.baseline} was run with {', '.join(other)}")
+        if other := [name for name in questions if theirs["questions"].get(name) != questions[name]]:
+            fail(f"--baseline {cfg.baseline} has other {other[0]} problems (--limit?)")
+        return theirs["results"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({one_line(error)})")
-    if other or unlike:
-        what = f"was run with {', '.join(other)}" if other else f"has other {unlike[0]} problems (--limit?)"
-        fail(f"--baseline {cfg.baseline} {what}")
-    return results
 
 
 def main():
     cfg = opsdc.parse_args(Config, "Accuracy and average response tokens.")
     if cfg.temperature == 0 and cfg.n > 1:
         fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
-    paths = [Path(name).resolve() for name in data_sets(cfg.data)]
-    if len(set(paths)) < len(paths) or Path("").resolve() in paths:
-        fail(f"--data {cfg.data} names a data set twice, or none")
     try:
         evaluate(cfg)
     except RuntimeError as error:

@@ -120,9 +120,9 @@ def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
 
 
 def test_standard_errors_against_numbers_by_hand():
-    four = evaluation.mean_and_se(pandas.Series([1.0, 0.5, 0.0, 0.5]))
-    assert four == pytest.approx((0.5, math.sqrt(1 / 24)))
-    assert evaluation.mean_and_se(pandas.Series([1.0]))[1] is None
+    four = evaluation.mean_and_se("x", pandas.Series([1.0, 0.5, 0.0, 0.5]))
+    assert four == pytest.approx({"x": 0.5, "x_se": math.sqrt(1 / 24)})
+    assert evaluation.mean_and_se("x", pandas.Series([1.0])) == {"x": 1.0, "x_se": None}
     outcomes = (0, 1.0, 10), (0, 1.0, 20), (1, 1.0, 30), (1, 0.0, 60)
     frame = pandas.DataFrame([
         {"problem": p, "gold": "1", "dual": right, "answer": right, "boxed": 0.0, "response_tokens": tokens,
