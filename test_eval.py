@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, masking_utils
 
 import eval as evaluation
 import opsdc
-from test_opsdc import HERE, OUT_OF_MEMORY, TOY, command, ended, launch, lines, plain_logits, readme_commands
+from test_opsdc import HERE, OUT_OF_MEMORY, README, TOY, command, ended, launch, lines, plain_logits
 from test_opsdc import process_group, refusal, steady_sampler, tiny  # noqa: F401, the first is a fixture
 
 
@@ -343,15 +344,15 @@ def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_pat
     again = in_process(evaluation.main, capsys, monkeypatch, *flags, "--baseline", out / "results.json")
     assert "reusing 32 samples" in again and (out / "samples.jsonl").read_text() == whole
     assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again
-    line = refusal(evaluation.main, capsys, monkeypatch, *flags, "--n", 3, "--temperature", 1)
+    line = refusal(evaluation.main, *flags, "--n", 3, "--temperature", 1)
     assert "n was 2, is 3; temperature was 0.6, is 1.0" in line
     rows = [row | {"answer": "7"} for row in lines(HERE / "toy" / "test.jsonl")]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = refusal(evaluation.main, capsys, monkeypatch, *flags, "--data", tmp_path / "test.jsonl")
+    line = refusal(evaluation.main, *flags, "--data", tmp_path / "test.jsonl")
     assert "data_rows was" in line and "questions was" in line
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
-    line = refusal(evaluation.main, capsys, monkeypatch, *flags)
+    line = refusal(evaluation.main, *flags)
     assert "model_files was" in line
     os.utime(model / "model.safetensors", (0, 0))
     (model / "model.safetensors").write_bytes(weights)  # a time alone changes nothing
@@ -420,7 +421,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--baseline", "WARM"), "was run with --temperature 1.5, --top_k 5"),
     (("--out", TOY), "holds files, but no good config.json of such a run"),
 ))  # fmt: skip
-def test_wrong_input_to_eval(flags, message, evaluated, tmp_path, capsys, monkeypatch):
+def test_wrong_input_to_eval(flags, message, evaluated, tmp_path):
     results = json.loads((evaluated[0] / "results.json").read_text())
     asked = {name: "another" for name in results["questions"]}
     (tmp_path / "OTHER").write_text(json.dumps(results | {"questions": asked}))
@@ -428,14 +429,17 @@ def test_wrong_input_to_eval(flags, message, evaluated, tmp_path, capsys, monkey
     (tmp_path / "LIST").write_text("[1]")
     flags = [str(tmp_path / flag if flag in ("OTHER", "WARM", "LIST") else flag) for flag in flags]
     flags = ("--model", TOY, *EVAL, "--out", tmp_path / "run", *flags)
-    assert message in refusal(evaluation.main, capsys, monkeypatch, *flags)
+    assert message in refusal(evaluation.main, *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_readme_commands_are_understood():
-    assert len(readme_commands("eval")) > 1
-    for flags in readme_commands("eval"):
-        opsdc.parse_args(evaluation.Config, "", flags)
+@pytest.mark.parametrize("script, least", ((opsdc, 4), (evaluation, 2)))
+def test_readme_commands_are_understood(script, least):
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    commands = re.findall(rf"(?<=\b){script.__name__}\.py (--[^&\n]*)", blocks)
+    assert len(commands) >= least
+    for flags in commands:
+        opsdc.parse_args(script.Config, "", shlex.split(flags))
 
 
 def test_questions_of_smollm2_are_held_out():

@@ -9,6 +9,7 @@ one of those.
 
 import gc
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -26,9 +27,10 @@ import tempfile
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -70,9 +72,11 @@ def tiny(seed=0, name="Qwen3", **more):
     return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SIZE | more)).eval()
 
 
-def two(first=0, second=1, **more):
-    """A student and a teacher, with FSDP."""
-    return opsdc.shard(tiny(first, **more)), opsdc.shard(tiny(second, **more))
+def two(seeds=(0, 1), checkpointing=False, **more):
+    """A student and a teacher, with FSDP; if asked for, their layers are checkpointed as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsdc, "CUDA", checkpointing)
+        return [opsdc.shard(tiny(seed, **more)) for seed in seeds]
 
 
 def ragged_batch():
@@ -148,15 +152,15 @@ FORKS.set_forkserver_preload([__name__, "transformers.models.qwen3.modeling_qwen
 
 
 class Forked:
-    """opsdc.py or eval.py with these flags, started now in processes of its own."""
+    """opsdc.py with these flags, started now in processes of its own."""
 
-    def __init__(self, *flags, processes=1, script="opsdc", **env):
+    def __init__(self, *flags, processes=1, **env):
         self.output = tempfile.NamedTemporaryFile("r")
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if processes > 1 else {}
         self.processes = []
         for rank in map(str, range(processes)):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-            args = list(map(str, flags)), script, place | env, self.output.name
+            args = list(map(str, flags)), place | env, self.output.name
             self.processes.append(FORKS.Process(target=child, args=args, daemon=True))
             self.processes[-1].start()
 
@@ -177,8 +181,8 @@ class Forked:
         self.output.close()
 
 
-def child(flags, script="opsdc", env=None, output=None):
-    """What a process of a test does: a script's main, with a fault or without."""
+def child(flags, env=None, output=None):
+    """What a process of a test does: train, with a fault or without."""
     if output:
         os.environ.update(env)
         file = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -189,9 +193,8 @@ def child(flags, script="opsdc", env=None, output=None):
     if flags[0] == "--fault":
         inject(flags[1])
         flags = flags[2:]
-    module = opsdc if script == "opsdc" else importlib.import_module(script)
-    sys.argv = [module.__file__, *flags]
-    module.main()
+    sys.argv = [opsdc.__file__, *flags]
+    opsdc.main()
 
 
 OUT_OF_MEMORY = (  # as torch's allocator, NCCL, the driver and cuBLAS say it
@@ -205,7 +208,8 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 def inject(fault):
     """Let something go wrong in the last process, just before a function is called in one of its steps."""
-    begun, draw_batch = [], opsdc.draw_batch
+    if opsdc.RANK < opsdc.WORLD - 1:
+        return
 
     def kill(*names):
         for name in names:
@@ -214,16 +218,13 @@ def inject(fault):
     def later():
         opsdc.time = SimpleNamespace(time=lambda: time.time() + 2)
 
-    def stop(error):
-        raise error
-
     def no_room(size):  # files can grow so far and no farther
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     train, to_nan = (opsdc, "accumulate_gradient"), lambda *args: args[4].mul_(math.nan)  # the weights
     owner, name, steps, act = {
-        "crash": (*train, [2], lambda *_: stop(RuntimeError("a cosmic ray"))),
-        "out of memory": (*train, [2], lambda *_: stop(OUT_OF_MEMORY[1])),
+        "crash": (*train, [2], Mock(side_effect=RuntimeError("a cosmic ray"))),
+        "out of memory": (*train, [2], Mock(side_effect=OUT_OF_MEMORY[1])),
         "nan": (opsdc, "loss_and_gradient", [2], to_nan),
         "nan on": (opsdc, "loss_and_gradient", range(2, 9), to_nan),
         **{name: (*train, [3], lambda *_: kill(fault, fault)) for name in SIGNALS},  # as launchers echo it
@@ -235,22 +236,17 @@ def inject(fault):
         "disk full at the checkpoint": (opsdc, "save_checkpoint", [2], lambda *_: no_room(1_000_000)),
         "disk full at the export": (opsdc, "export", [2], lambda *_: no_room(600_000)),
     }[fault]
-    original = getattr(owner, name)
     if fault == "an ignored signal":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-
-    def counted(*args):
-        begun.append(1)
-        return draw_batch(*args)
+    original, drawn = getattr(owner, name), Mock(wraps=opsdc.draw_batch)
 
     def faulty(*args, **kwargs):
-        if len(begun) in steps:
+        if drawn.call_count in steps:
             act(*args)
         return original(*args, **kwargs)
 
-    if opsdc.RANK == opsdc.WORLD - 1:
-        opsdc.draw_batch = counted
-        setattr(owner, name, faulty)
+    opsdc.draw_batch = drawn
+    setattr(owner, name, faulty)
 
 
 TOY_RUN = ("--model", TOY, "--data", f"{TOY}/train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
@@ -290,19 +286,20 @@ def runs(tmp_path_factory):
     return half, steady
 
 
-def refusal(main, capsys, monkeypatch, *flags, code=2):
-    """The error line of a command that must end with this code; called in this process, to be quick."""
-    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == code
-    return one_line(capsys)
-
-
-def one_line(capsys):
-    error = capsys.readouterr().err.partition("error: ")[2]
-    assert error.endswith("\n") and error.count("\n") == 1, error
+def failure(call, *args, code=2):
+    """The error line with which this call must end the process, with this code."""
+    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
+        call(*args)
+    error = errors.getvalue().partition("error: ")[2]
+    assert end.value.code == code and error.endswith("\n") and error.count("\n") == 1, error
     return error.strip()
+
+
+def refusal(main, *flags, code=2):
+    """The error line of a command that must end with this code; called in this process, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+        return failure(main, code=code)
 
 
 # ------------------------------------------------------------------------------------------------- divergence
@@ -395,17 +392,10 @@ def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
-def two_as_on_a_gpu(*seeds, **more):
-    """A student and a teacher whose layers are checkpointed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opsdc, "CUDA", True)
-        return two(*seeds, **more)
-
-
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_identity(dropout):
     """Same weights, same prompt, ragged lengths: every KL is exactly 0, as dropout never acts."""
-    student, teacher = two_as_on_a_gpu(0, 0, attention_dropout=dropout)
+    student, teacher = two((0, 0), checkpointing=True, attention_dropout=dropout)
     batch, responses = ragged_batch()
     same = [[x, x] for x, _ in batch]
     kl, _ = opsdc.accumulate_gradient(student, teacher, same, responses, opsdc.Config())
@@ -427,9 +417,7 @@ def test_scores_and_gradient_are_those_of_plain_autograd(tied, temperature):
     (sum(kl.mean() for kl, _ in scores) / 4).backward()
     exact = {name: p.grad for name, p in student.named_parameters()}
     for size, checkpointing in ((1, False), (2, False), (4, False), (2, True)):
-        make = two_as_on_a_gpu if checkpointing else two
-        sharded = make(tie_word_embeddings=tied)
-        passes = []
+        sharded, passes = two(checkpointing=checkpointing, tie_word_embeddings=tied), []
         sharded[0].model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
         cfg = opsdc.Config(micro_batch_size=size, temperature=temperature)
         kl, entropy = opsdc.accumulate_gradient(*sharded, batch, responses, cfg)
@@ -504,14 +492,12 @@ HEAD, OTHERS, DEAD = "hidden states times LM head", "padded on the left or", "ge
     (lambda: (model := tiny(), setattr(model.config, "tie_word_embeddings", True))[0], None, "LM head is"),
     (tiny, None, ""), (tiny, 4, ""),
 ))  # fmt: skip
-def test_models_that_would_be_read_wrongly_are_refused(make, part, message, capsys):
+def test_models_that_would_be_read_wrongly_are_refused(make, part, message):
     """Where one is let through, what it reads padded on the left is right."""
     model = make()
     if message and not part:
-        with pytest.raises(SystemExit) as end:
-            opsdc.shard(model)
-        error = one_line(capsys)
-        assert end.value.code == 2 and error.startswith("--model: ") and message in error
+        error = failure(opsdc.shard, model)
+        assert error.startswith("--model: ") and message in error
         return
     wrong = opsdc.misreading(model, part)
     assert message in wrong and bool(message) == bool(wrong)
@@ -548,8 +534,7 @@ def test_a_step_is_saved_exported_and_resumed(name, tmp_path):
     state = opsdc.training_state(student, teacher, optimizer)
     assert len(state) == 5 * len([*model.parameters()])  # student, teacher, and what AdamW keeps
     cfg, (batch, responses) = opsdc.Config(out=str(tmp_path), resume=True), ragged_batch()
-    with pytest.raises(SystemExit):  # a machine that does not see what the first one wrote
-        opsdc.load_checkpoint(cfg, state)
+    assert "is not seen by this machine" in failure(opsdc.load_checkpoint, cfg, state, code=1)
     write(tmp_path / "config.json", "")
     assert opsdc.load_checkpoint(cfg, state) == 0
     kl, _ = opsdc.accumulate_gradient(student, teacher, batch, responses, cfg)
@@ -597,25 +582,23 @@ def test_unsharded_is_an_ordinary_model_with_the_same_logits_and_goes_at_once():
         gc.enable()
 
 
-@pytest.mark.parametrize("harm, code, message", (
-    (lambda state: state.pop("lm_head.weight"), 2, "1 of its weights are missing, such as lm_head.weight"),
-    (lambda state: state.update({"model.norm.weight": torch.ones(7)}), 2, "mismatched, such as ('model.norm"),
-    (lambda state: state.update({"visual.weight": torch.ones(7)}), 0, "unexpected, such as visual.weight"),
-))  # fmt: skip
-def test_weights_that_are_missing_or_do_not_fit(harm, code, message, tmp_path, capsys):
+def test_weights_that_are_missing_or_do_not_fit(tmp_path, capsys):
     tiny().save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    harm(state)
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit) if code else nullcontext():
-        opsdc.load_model(tmp_path, "auto")
-    assert message in "".join(capsys.readouterr())
-    for spoil in (lambda: write(tmp_path / "config.json", {"attn_implementation": "flash_attention_2"}),
-                  lambda: os.truncate(tmp_path / "model.safetensors", 10_000)):  # fmt: skip
-        spoil()
-        with pytest.raises(SystemExit):
-            opsdc.load_model(tmp_path, "auto")
-        assert one_line(capsys).startswith(f"--model {tmp_path} cannot be loaded: ")
+    file, seven, load = tmp_path / "model.safetensors", torch.ones(7), (opsdc.load_model, tmp_path, "auto")
+    good = load_file(file)
+    save = lambda weights: save_file(weights, file, {"format": "pt"})  # noqa: E731
+    save({name: x for name, x in good.items() if name != "lm_head.weight"})
+    assert failure(*load).endswith("1 of its weights are missing, such as lm_head.weight")
+    save(good | {"model.norm.weight": seven})
+    assert "mismatched, such as ('model.norm" in failure(*load)
+    save(good | {"visual.weight": seven})
+    opsdc.load_model(tmp_path, "auto")
+    assert "unexpected, such as visual.weight" in capsys.readouterr().out
+    os.truncate(file, 10_000)
+    assert failure(*load).startswith(f"--model {tmp_path} cannot be loaded: ")
+    save(good)
+    write(tmp_path / "config.json", {"attn_implementation": "flash_attention_2"})
+    assert failure(*load).startswith(f"--model {tmp_path} cannot be loaded: ")
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -709,8 +692,8 @@ def test_options_are_asked(options):
 @pytest.mark.parametrize("row", (
     {"text": "x"}, {"prompt": ""}, {"prompt": []}, {"prompt": None}, {"problem": 3}, {"question": " "},
     {"prompt": [{"role": "user"}]}, {"prompt": [{"role": "assistant", "content": "x"}]},
-    {"prompt": "x", "options": "yz"}, {"prompt": "x", "options": ["y"] * 27},
-    {"prompt": "x", "choices": {"label": ["A", "B"]}}, {"problem": "[ {'role': 'user', 'content': 'x'} ]"},
+    {"problem": "[ {'role': 'user', 'content': 'x'} ]"}, {"prompt": "x", "choices": {"label": ["A", "B"]}},
+    *({"prompt": "x", "options": options} for options in ("yz", ["y"], ["y"] * 27, [1, 2])),
 ))  # fmt: skip
 def test_rows_without_a_prompt(row):
     with pytest.raises(ValueError, match="2 to 26 texts|must be text|has no column"):
@@ -797,15 +780,7 @@ def test_defaults_are_the_papers():
     assert some == opsdc.Config(batch_size=8, resume=True, out=str(Path.home() / "x"), data="~y")
 
 
-def readme_commands(script):
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
-    return [shlex.split(flags) for flags in re.findall(rf"(?<=\b){script}\.py (--[^&\n]*)", blocks)]
-
-
-def test_readme_commands_are_understood_and_its_loop_is_the_files():
-    assert len(readme_commands("opsdc")) > 3
-    for flags in readme_commands("opsdc"):
-        opsdc.parse_args(opsdc.Config, "", flags)
+def test_the_loop_in_the_readme_is_the_files():
     (listing,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     (loss,) = re.findall(r"`(return .*?)`", README)
     code, at = [line.strip() for line in (HERE / "opsdc.py").read_text().splitlines()], 0
@@ -1063,7 +1038,7 @@ def write(file, content):
 
 
 @pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
+def refused(tmp_path, monkeypatch):
     """-> a function: the error line of a training run with these flags. No model may be loaded and nothing
     written, and the hub is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -1074,7 +1049,7 @@ def refused(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(opsdc, "load_model", None)
         before = sorted(tmp_path.rglob("*"))
         usual = ("--data", data, "--model", TOY, "--out", tmp_path / "run", "--max_response_tokens", 40)
-        error = refusal(opsdc.main, capsys, monkeypatch, *usual, *flags)
+        error = refusal(opsdc.main, *usual, *flags)
         assert sorted(tmp_path.rglob("*")) == before
         return error
 
@@ -1165,7 +1140,7 @@ def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
     assert message in refused("--model", model)
 
 
-def test_what_a_model_folder_may_hold(tmp_path, capsys):
+def test_what_a_model_folder_may_hold(tmp_path):
     """Stop tokens are the model's and the tokenizer's. Habits of sampling and an unused word do no harm."""
     model = copy_of_toy(tmp_path / "model")
     write(model / "generation_config.json", {"eos_token_id": [5, 9], "num_beams": 4})
@@ -1177,12 +1152,11 @@ def test_what_a_model_folder_may_hold(tmp_path, capsys):
     tokenizer.save_pretrained(model)
     assert opsdc.inspect_model(str(model))[1] == [507]
     write(model / "chat_template.jinja", "Hmm! " + tokenizer.chat_template)
-    with pytest.raises(SystemExit):
-        opsdc.inspect_model(str(model))
-    assert one_line(capsys).endswith("its tokenizer has a token 512, its vocabulary 512 tokens")
+    error = failure(opsdc.inspect_model, str(model))
+    assert error.endswith("its tokenizer has a token 512, its vocabulary 512 tokens")
 
 
-def test_launchers_variables_that_do_not_fit(tmp_path, capsys, monkeypatch):
+def test_launchers_variables_that_do_not_fit(tmp_path, monkeypatch):
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
     wrong = {"RANK": "one"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "-1"}, {"RANK": "1"}, two
     for process in [Forked(*SHORT_RUN, "--out", tmp_path / "run", **env) for env in wrong]:
@@ -1190,7 +1164,7 @@ def test_launchers_variables_that_do_not_fit(tmp_path, capsys, monkeypatch):
         assert printed.startswith("error: RANK, LOCAL_RANK, WORLD_SIZE,") and printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(opsdc, "CUDA", True)  # and not a GPU
-    assert "process 0 finds no GPU of its own" in refusal(opsdc.main, capsys, monkeypatch, code=1)
+    assert "process 0 finds no GPU of its own" in refusal(opsdc.main, code=1)
 
 
 SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/step_2 is damaged ("
@@ -1209,15 +1183,13 @@ SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/
     ((SHARD, os.remove), "--resume", DAMAGED, 1),
     (("checkpoint/step_2", lambda folder: [os.remove(x) for x in folder.iterdir()]), "--resume", DAMAGED, 1),
 ))  # fmt: skip
-def test_an_existing_run_is_neither_overwritten_nor_mixed(
-    harm, flags, message, code, runs, tmp_path, capsys, monkeypatch
-):
+def test_an_existing_run_is_kept_as_it_is(harm, flags, message, code, runs, tmp_path, monkeypatch):
     out = shutil.copytree(runs[0], tmp_path / "run")
     if harm:
         harm[1](next(out.glob(harm[0])))
     monkeypatch.setattr(opsdc, "start_processes", lambda: None)
     logs = [log.read_bytes() for log in out.glob("*.jsonl")]
-    error = refusal(opsdc.main, capsys, monkeypatch, *STEADY, "--out", out, *flags.split(), code=code)
+    error = refusal(opsdc.main, *STEADY, "--out", out, *flags.split(), code=code)
     assert message.replace("OUT", str(out)) in error
     assert [log.read_bytes() for log in out.glob("*.jsonl")] == logs
 
@@ -1229,7 +1201,7 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(
     ("model/config.json", b"1e-06", b"2e-06", "model_files"),
     ("model/generation_config.json", b": 507", b": 506", "model_files"),
 ))  # fmt: skip
-def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, tmp_path, monkeypatch):
     """Not with other contents under the same name, with the same size and time of change."""
     copy_of_toy(tmp_path / "model")
     file, data = tmp_path / file, tmp_path / "data.jsonl"
@@ -1237,14 +1209,14 @@ def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, t
     flags = (*SHORT_RUN, "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "run")
     with monkeypatch.context() as patch:  # a run that ends as soon as it has its folder
         patch.setattr(opsdc, "start_processes", lambda: opsdc.fail("enough"))
-        assert refusal(opsdc.main, capsys, patch, *flags) == "enough"
-        assert refusal(opsdc.main, capsys, patch, *flags, "--resume", "--save_every", 3) == "enough"
+        assert refusal(opsdc.main, *flags) == "enough"
+        assert refusal(opsdc.main, *flags, "--resume", "--save_every", 3) == "enough"
     before = file.read_bytes()
     head, tail = before[: len(before) // 2], before[len(before) // 2 :].replace(old, new)
     file.write_bytes(head + tail if file.suffix == ".safetensors" else before.replace(old, new))
     assert file.read_bytes() != before
     os.utime(file, (1e9, 1e9))
-    error = refusal(opsdc.main, capsys, monkeypatch, *flags, "--resume")
+    error = refusal(opsdc.main, *flags, "--resume")
     assert re.search(rf"holds a run of other settings \({what} was '\w+', is '\w+'\)", error)
 
 
@@ -1257,10 +1229,10 @@ def test_a_run_tells_that_the_code_has_changed(tmp_path, capsys):
     assert re.search("other versions of torch, .*opsdc.py", capsys.readouterr().out)
 
 
-def test_two_runs_at_once_in_one_folder(tmp_path, capsys, monkeypatch):
+def test_two_runs_at_once_in_one_folder(tmp_path):
     out = tmp_path / "run"
     first = started(out, "--steps", 1000)
-    error = refusal(opsdc.main, capsys, monkeypatch, *STEADY, "--steps", 1000, "--out", out, "--resume")
+    error = refusal(opsdc.main, *STEADY, "--steps", 1000, "--out", out, "--resume")
     assert first.processes[0].is_alive() and error == f"--out {out}: another process is writing there"
     first.kill()
     shutil.rmtree(out)
