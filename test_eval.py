@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +16,8 @@ from transformers import AutoTokenizer, masking_utils
 
 import eval as evaluation
 import opsdc
-from test_opsdc import HERE, OUT_OF_MEMORY, README, TOY, command, ended, launch, lines, plain_logits
-from test_opsdc import process_group, refusal, steady_sampler, tiny  # noqa: F401, the first is a fixture
+from test_opsdc import HERE, OUT_OF_MEMORY, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines
+from test_opsdc import plain_logits, process_group, refusal, steady_sampler, tiny  # noqa: F401, one's a fixture
 
 
 # ---------------------------------------------------------------------------------------------------- eval.py
@@ -125,17 +124,22 @@ def test_standard_errors_against_numbers_by_hand():
     assert four == pytest.approx({"x": 0.5, "x_se": math.sqrt(1 / 24)})
     assert evaluation.mean_and_se("x", pandas.Series([1.0])) == {"x": 1.0, "x_se": None}
     outcomes = (0, 1.0, 10), (0, 1.0, 20), (1, 1.0, 30), (1, 0.0, 60)
-    frame = pandas.DataFrame([
+    samples = [
         {"problem": p, "gold": "1", "dual": right, "answer": right, "boxed": 0.0, "response_tokens": tokens,
          "truncated": tokens == 60} for p, right, tokens in outcomes
-    ])  # fmt: skip
-    summary = evaluation.summarize(frame)
+    ]  # fmt: skip
+    summary = evaluation.summarize(pandas.DataFrame(samples))
     # Problems' accuracies are 1 and 1/2, tokens 15 and 45. Taken as four independent samples, the error of
     # the accuracy would be 1/4 too, that of the tokens 10.8.
     assert (summary["accuracy_dual"], summary["accuracy_dual_se"]) == pytest.approx((0.75, 0.25))
     assert (summary["response_tokens"], summary["response_tokens_se"]) == pytest.approx((30, 15))
     assert (summary["response_tokens_median"], summary["truncated"]) == (25, 0.25)
     assert summary["accuracy_boxed"] == 0
+    levels = [{"data": "a", "level": "1", **x} for x in samples]
+    results = evaluation.report(levels + [{"data": "b", **x} for x in samples], {})
+    assert results == {"a": summary | {"by": {"level": {"1": summary}}}, "b": summary | {"by": {}}}
+    row = "| a | 2 x 2 | 75.0 ± 25.0 | 75.0 ± 25.0 | 0.0 ± 0.0 | 30.0 ± 15.0 | 25 | 25.0 |"
+    assert row in evaluation.table(results).splitlines()
     ours = {"per_problem": {"accuracy": [1.0, 0.5], "response_tokens": [50, 100]}}
     base = {"per_problem": {"accuracy": [0.5, 0.5], "response_tokens": [100, 300]}}
     assert evaluation.compare(ours, base) == pytest.approx(  # r = 150 / 400; residuals +-12.5, mean 200
@@ -183,13 +187,10 @@ def test_gold_answers(row, gold):
 
 @pytest.mark.parametrize("row, message", (
     ({"answer": None}, "has no answer"), ({"answer": float("nan")}, "has no answer"),
-    ({"answer": [1]}, "has no answer"),
-    ({"answer": True}, "has no answer"), ({"reward_model": {"style": "rule"}}, "has no answer"),
+    ({"answer": [1]}, "has no answer"), ({"answer": True}, "has no answer"),
+    ({"reward_model": {"style": "rule"}}, "has no answer"),
     ({"answer": "x" * 1834}, "1834 characters long; give the final answer alone"),
-    ({"choices": ["x"], "answer": 0}, "2 to 26 texts"), ({"choices": "xy", "answer": 0}, "2 to 26 texts"),
-    ({"choices": ["x"] * 27, "answer": 0}, "2 to 26 texts"),
-    ({"choices": [1, 2], "answer": 0}, "2 to 26 texts"),
-    ({"choices": {"label": ["A"]}, "answer": "A"}, "2 to 26 texts"),
+    ({"choices": ["x"], "answer": 0}, "2 to 26 texts"),
     ({"choices": ["x", "y"], "answer": "C"}, "'C' is none of its 2 options"),
     ({"choices": ["x", "y"], "answer": 2}, "2 is none of its 2 options"),
     ({"Question": "Which?", "Correct Answer": "x", "Incorrect Answer 1": "y"}, "2 to 26 texts"),
@@ -280,8 +281,7 @@ EVAL += ("--max_response_tokens", 150)
 def evaluated(tmp_path_factory):
     """The toy on 16 problems by one process, and by two at the same time -> folder, printed, other folder."""
     folder = tmp_path_factory.mktemp("eval")
-    model = shutil.copytree(TOY, folder / "model", ignore=shutil.ignore_patterns("*.jsonl", "*.p*"))
-    flags = ("--model", model, *EVAL)
+    flags = ("--model", copy_of_toy(folder / "model"), *EVAL)
     both = "--standalone --nproc_per_node=2"
     other = subprocess.Popen(command(*flags, launcher=both, script="eval.py"), cwd=folder)  # without --out
     printed = ended(launch(command(*flags, "--out", folder / "one", script="eval.py")))
@@ -328,26 +328,27 @@ def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_pat
     assert (tmp_path / "killed" / "samples.jsonl").read_text() == whole
 
 
-def in_process(main, capsys, monkeypatch, *flags):
+def in_process(capsys, *flags):
     """eval.py without another launch of Python -> what it printed; the process group stays up."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    for name in ("init_process_group", "destroy_process_group"):
-        monkeypatch.setattr(opsdc.dist, name, lambda *_, **__: None)
-    main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+        patch.setattr(opsdc, "start_processes", lambda: None)
+        patch.setattr(opsdc.dist, "destroy_process_group", lambda: None)
+        evaluation.main()
     return capsys.readouterr().out
 
 
-def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys, monkeypatch):
+def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys):
     out, printed, _ = evaluated
     model, whole = out.parent / "model", (out / "samples.jsonl").read_text()
     flags = ("--model", model, *EVAL, "--out", out)
-    again = in_process(evaluation.main, capsys, monkeypatch, *flags, "--baseline", out / "results.json")
+    again = in_process(capsys, *flags, "--baseline", out / "results.json")
     assert "reusing 32 samples" in again and (out / "samples.jsonl").read_text() == whole
     assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again
     line = refusal(evaluation.main, *flags, "--n", 3, "--temperature", 1)
     assert "n was 2, is 3; temperature was 0.6, is 1.0" in line
     rows = [row | {"answer": "7"} for row in lines(HERE / "toy" / "test.jsonl")]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    WRITE["jsonl"](tmp_path / "test.jsonl", rows)
     line = refusal(evaluation.main, *flags, "--data", tmp_path / "test.jsonl")
     assert "data_rows was" in line and "questions was" in line
     weights = (model / "model.safetensors").read_bytes()
@@ -356,22 +357,18 @@ def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_pat
     assert "model_files was" in line
     os.utime(model / "model.safetensors", (0, 0))
     (model / "model.safetensors").write_bytes(weights)  # a time alone changes nothing
-    in_process(evaluation.main, capsys, monkeypatch, *flags)
+    in_process(capsys, *flags)
     assert (out / "samples.jsonl").read_text() == whole
 
 
-def test_odd_groups_and_a_long_prompt_do_no_harm(evaluated, tmp_path, capsys, monkeypatch):
+def test_odd_groups_and_a_long_prompt_do_no_harm(tmp_path, capsys):
     """Groups of mixed types, missing, a list. A prompt near the context's end lowers its own cap alone."""
-    filler = "What is 20 + 4? " * 100
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
-    while len(tokenizer.encode(filler)) > 970:
-        filler = filler[16:]
     rows = [{"prompt": "What is 20 + 4?", "answer": "24", "level": level} for level in (1, "hard", [2], None)]
-    rows += [{"prompt": filler, "answer": 24}]
+    rows += [{"prompt": "What is 20 + 4? " * 100, "answer": 24}]
     rows += [{"prompt": "Compute 30 + 5.", "answer": "35", "subject": "sums"}]
-    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    WRITE["jsonl"](tmp_path / "odd.jsonl", rows)
     flags = ("--model", TOY, "--data", tmp_path / "odd.jsonl", "--n", 1, "--max_response_tokens", 150)
-    first = in_process(evaluation.main, capsys, monkeypatch, *flags, "--out", tmp_path / "one")
+    first = in_process(capsys, *flags, "--out", tmp_path / "one")
     assert "1 of 6 problems have room for fewer than 150 tokens" in first
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     (summary,) = results["results"].values()
@@ -381,11 +378,8 @@ def test_odd_groups_and_a_long_prompt_do_no_harm(evaluated, tmp_path, capsys, mo
     assert lengths[4] <= 1024 - 900 and max(lengths[:4]) > 60
 
 
-@pytest.mark.parametrize("error", (*OUT_OF_MEMORY, RuntimeError("a cosmic ray")), ids=range(5))
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=range(4))
 def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
-    tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
-    model, tried = opsdc.load_model(TOY, "auto"), []
-
     def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
         tried.append(rows)
         if rows > 2:
@@ -393,15 +387,15 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
         return [[5, 6]] * len(prompts)
 
     monkeypatch.setattr(evaluation, "rollout_in_legs", rollout_in_legs)
+    tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
+    model, tried, part = opsdc.load_model(TOY, "auto"), [], tmp_path / "samples.0.jsonl"
     cfg = evaluation.Config(model=TOY, data="toy", n=1, batch_size=8)
     problems = [evaluation.Problem("toy", i, "", [1, 2], False, "1", {}) for i in range(40)]
-    rest = model, tokenizer, stop_tokens, context, tmp_path / "samples.0.jsonl"
-    if "cosmic" in str(error):
-        with pytest.raises(RuntimeError, match="a cosmic ray"):
-            evaluation.sample(cfg, problems, set(), *rest)
-        return
-    evaluation.sample(cfg, problems, set(), *rest)
-    assert tried == [8, 4, 2, 2] and len(lines(tmp_path / "samples.0.jsonl")) == 40
+    evaluation.sample(cfg, problems, set(), model, tokenizer, stop_tokens, context, part)
+    assert tried == [8, 4, 2, 2] and len(lines(part)) == 40
+    error = RuntimeError("a cosmic ray")
+    with pytest.raises(RuntimeError, match="a cosmic ray"):
+        evaluation.sample(cfg, problems, set(), model, tokenizer, stop_tokens, context, part)
 
 
 @pytest.mark.parametrize("flags, message", (
