@@ -220,15 +220,20 @@ def test_legs_do_not_change_the_distribution(monkeypatch):
     """Each token beside the model's own probabilities after prompt + response so far: how likely the sampled
     ones were, and how often a response ended, are within four standard errors of what was to be expected.
     Lengths are like those of one plain call (a Kolmogorov-Smirnov test). The rows of a leg never hold more
-    tokens than 60 of full length (9 + 130), and are more than 60 while they are short."""
+    tokens than 60 of full length (9 + 130), and are more than 60 while they are short. Each has its seed."""
     model = tiny(3)
     model.lm_head.weight.data *= 0.5
     prompts = [[5, 6], [7], [8, 9, 10, 11], [12] * 9] * 50
-    plain, shapes, generate = opsdc.rollout, [], model.generate
-    watched = lambda *args, **kwargs: (output := generate(*args, **kwargs), shapes.append(output.shape))[0]
-    monkeypatch.setattr(model, "generate", watched)
+    plain, legs = opsdc.rollout, []
+
+    def watched(model, texts, sampling, seed):
+        legs.append((len(texts), max(map(len, texts)) + sampling.max_new_tokens, seed))
+        return plain(model, texts, sampling, seed)
+
+    monkeypatch.setattr(opsdc, "rollout", watched)
     responses = in_legs(model, prompts, 130, rows=60)
-    assert max(rows * length for rows, length in shapes) <= 60 * 139 and shapes[0][0] > 60
+    assert max(rows * length for rows, length, _ in legs) <= 60 * 139 and legs[0][0] > 60
+    assert len({seed for *_, seed in legs}) == len(legs)
     surprise, ends = torch.zeros(2).double(), torch.zeros(2).double()  # sums: deviation, variance
     for prompt, response in zip(prompts, responses):
         with torch.no_grad():
@@ -247,7 +252,7 @@ def test_legs_do_not_change_the_distribution(monkeypatch):
     assert max(abs(a - b) for a, b in zip(*below)) < 2.0 * math.sqrt(2 / len(prompts))  # once in 1,500
 
 
-def test_legs_and_padding_do_not_change_what_is_written():
+def test_legs_and_padding_do_not_change_what_is_written(monkeypatch):
     """Greedy, each prompt alone in one call against all together in legs, two rows at a time or all. Texts
     are read in parts there: no attention mask is larger than [rows, 1,024, S]."""
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(TOY)
@@ -264,12 +269,10 @@ def test_legs_and_padding_do_not_change_what_is_written():
         sizes.append(0 if mask is None else mask.numel())
         return mask
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
-        for rows in (2, 4):
-            greedy.prefill_chunk_size = 1024
-            limits = [len(prompt) + 100 for prompt in prompts]
-            assert evaluation.rollout_in_legs(model, prompts, limits, greedy, (0,), rows) == alone
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+    greedy.prefill_chunk_size, limits = 1024, [len(prompt) + 100 for prompt in prompts]
+    for rows in (2, 4):
+        assert evaluation.rollout_in_legs(model, prompts, limits, greedy, (0,), rows) == alone
     assert 1024 * 1700 <= max(sizes) <= 4 * 1024 * 1800
 
 
@@ -295,8 +298,7 @@ def test_evaluation_of_the_toy(evaluated):
     samples, results = lines(out / "samples.jsonl"), json.loads((out / "results.json").read_text())
     (summary,) = results["results"].values()
     assert [(s["problem"], s["sample"]) for s in samples] == [(p, i) for p in range(16) for i in range(2)]
-    test = lines(HERE / "toy" / "test.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    test, tokenizer = lines(HERE / "toy" / "test.jsonl"), AutoTokenizer.from_pretrained(TOY)
     for s in samples:
         assert s["gold"] == test[s["problem"]]["answer"] and s["level"] == str(test[s["problem"]]["level"])
         ids = tokenizer.encode(s["response"] + "<|im_end|>" * (not s["truncated"]), add_special_tokens=False)
@@ -403,6 +405,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--top_p", 0), "--top_p is 0.0, must be above 0 and at most 1"),
     (("--n", 0), "--n is 0"),
     (("--instruction", "V1"), "--instruction is 'V1', must be v1, v2 or a text"),
+    (("--instruction", "Be brief. " * 400), " tokens and fills the model's context of 1024"),
     (("--data", "x.jsonl, ./x.jsonl"), "names a data set twice"),
     (("--data", "missing.jsonl"), "--data missing.jsonl: [Errno 2] No such file"),
     (("--data", f"{TOY}/test.jsonl,"), "names a data set twice, or none"),
@@ -417,7 +420,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
 ))  # fmt: skip
 def test_wrong_input_to_eval(flags, message, evaluated, tmp_path):
     results = json.loads((evaluated[0] / "results.json").read_text())
-    asked = {name: "another" for name in results["questions"]}
+    asked = dict.fromkeys(results["questions"], "another")
     (tmp_path / "OTHER").write_text(json.dumps(results | {"questions": asked}))
     (tmp_path / "WARM").write_text(json.dumps(results | {"temperature": 1.5, "top_k": 5}))
     (tmp_path / "LIST").write_text("[1]")
