@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, masking_utils
 import eval as evaluation
 import opsdc
 from test_opsdc import HERE, OUT_OF_MEMORY, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines
-from test_opsdc import plain_logits, process_group, refusal, steady_sampler, tiny  # noqa: F401, one's a fixture
+from test_opsdc import plain_logits, process_group, refusal, steady_sampler, tiny  # noqa: F401, a fixture
 
 
 # ---------------------------------------------------------------------------------------------------- eval.py
@@ -347,16 +347,15 @@ def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_pat
     again = in_process(capsys, *flags, "--baseline", out / "results.json")
     assert "reusing 32 samples" in again and (out / "samples.jsonl").read_text() == whole
     assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again
-    line = refusal(evaluation.main, *flags, "--n", 3, "--temperature", 1)
-    assert "n was 2, is 3; temperature was 0.6, is 1.0" in line
+    changed = "n was 2, is 3; temperature was 0.6, is 1.0"
+    assert changed in refusal(evaluation.main, *flags, "--n", 3, "--temperature", 1)
     rows = [row | {"answer": "7"} for row in lines(HERE / "toy" / "test.jsonl")]
     WRITE["jsonl"](tmp_path / "test.jsonl", rows)
     line = refusal(evaluation.main, *flags, "--data", tmp_path / "test.jsonl")
     assert "data_rows was" in line and "questions was" in line
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
-    line = refusal(evaluation.main, *flags)
-    assert "model_files was" in line
+    assert "model_files was" in refusal(evaluation.main, *flags)
     os.utime(model / "model.safetensors", (0, 0))
     (model / "model.safetensors").write_bytes(weights)  # a time alone changes nothing
     in_process(capsys, *flags)
