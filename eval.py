@@ -262,7 +262,7 @@ def with_gold(row):
         if not 0 < len(gold) <= LONGEST_ANSWER:
             raise ValueError(f"its answer is {len(gold)} characters long; give the final answer alone")
         return row, gold
-    listed = row.get("choices", row.get("options"))
+    listed = row.get("choices") or row.get("options")
     labels = listed.get("label") or [] if isinstance(listed, dict) else []
     letters = string.ascii_uppercase[: len(options)]
     for names in (labels, range(len(options))) if isinstance(answer, int) else (labels, letters, options):
