@@ -167,7 +167,7 @@ ARC = {"text": ["Rome", "Paris"], "label": ["1", "2"]}
     {"problem": "Capital?", "options": ["Rome", "Paris"], "answer": "B"},
     {"prompt": "Capital?", "choices": ["Rome", "Paris"], "options": None, "answer": "Paris"},
     {"prompt": [{"role": "user", "content": "Capital?"}], "choices": ARC, "answerKey": "2"},
-    {"question": "Capital?", "choices": ARC, "answerKey": 2},
+    {"question": "Capital?", "options": ARC, "choices": [], "answerKey": 2},
     {"question": "Capital?", "choices": ARC, "reward_model": {"ground_truth": "B"}},
 ))  # fmt: skip
 def test_options_in_any_form(row):
