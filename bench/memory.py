@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -49,13 +50,13 @@ def by_use():
     print("| peak while, GB (10^9 bytes) | all |", " | ".join(USES), "|\n| --- |" + " ---: |" * 9)
     for name, world in (("Qwen3-8B", 8), ("Qwen3-8B", 16), ("Qwen3-14B", 8), ("Qwen3-14B", 16)):
         for phase, peak in step_memory("simulated", name, world, BATCH // world, P, T, 2).items():
-            figures = [f"{x / 1e9:.1f}" for x in (sum(peak.values()), *(peak.get(use, 0) for use in USES))]
+            figures = [f"{x / 1e9:.1f}" for x in (peak.total(), *(peak[use] for use in USES))]
             print(f"| {name}, {world} GPUs, {phase} |", " | ".join(figures), "|", flush=True)
     print("\n| on two processes | simulated GB | measured GB | ratio |\n| --- |" + " ---: |" * 3)
     for name in ("small", "small, tied"):
         simulated, measured = (step_memory(how, name, 2, 2, 768, 96, 2) for how in ("simulated", "measured"))
         for phase in simulated:
-            a, b = (sum(peaks[phase].values()) / 1e9 for peaks in (simulated, measured))
+            a, b = simulated[phase].total() / 1e9, measured[phase].total() / 1e9
             print(f"| {name}, {phase} | {a:.3f} | {b:.3f} | {b / a:.3f} |", flush=True)
 
 
@@ -65,16 +66,16 @@ def gpus():
     print("| model | GPUs | peak GB | state |", " | ".join(f"{card} GB" for card in cards), "|")
     print("| --- |" + " ---: |" * 7)
     for name, world in itertools.product(list(SIZES)[:6], (1, 2, 4, 8, 16)):
-        totals, longest = {}, {}
-        for tokens in (T, T // 2, T // 4, T // 8):
-            peaks = step_memory("simulated", name, world, BATCH // world, P, tokens, 1).values()
-            totals[tokens] = max(sum(peak.values()) for peak in peaks) / 1e9
-            state = max(sum(peak.get(use, 0) for use in USES[:5]) for peak in peaks) / 1e9
-            longest = {card: tokens for card in cards if totals[tokens] <= room * card} | longest
+        totals, longest = [], {}
+        for cap in (T, T // 2, T // 4, T // 8):
+            peaks = step_memory("simulated", name, world, BATCH // world, P, cap, 1).values()
+            totals.append(max(peak.total() for peak in peaks) / 1e9)
+            state = max(sum(peak[use] for use in USES[:5]) for peak in peaks) / 1e9
+            longest = {card: f"{cap:,}" for card in cards if totals[-1] <= room * card} | longest
             if all(card in longest or state > room * card for card in cards):
                 break
-        cells = (f"{longest[card]:,}" if card in longest else "no" for card in cards)
-        print(f"| {name} | {world} | {totals[T]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
+        cells = (longest.get(card, "no") for card in cards)
+        print(f"| {name} | {world} | {totals[0]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
 
 
 def hours():
@@ -109,13 +110,14 @@ def step_memory(how, *case):
     env = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     env["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what is freed is given back
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return {phase: Counter(peak) for phase, peak in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def make_model(name, dtype):
     """Random weights in host memory; "Qwen3-8B/5" has five layers. If there is a GPU, it draws them."""
     name, _, fewer = name.partition("/")
-    sizes = dict(zip(KEYS.split(), SIZES[name])) | ({"num_hidden_layers": int(fewer)} if fewer else {})
+    sizes = dict(zip(KEYS.split(), SIZES[name]))
+    sizes["num_hidden_layers"] = int(fewer or sizes["num_hidden_layers"])
     config = Qwen3Config(**sizes, num_key_value_heads=min(8, sizes["num_attention_heads"]), head_dim=128)
     with opsdc.DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -124,7 +126,7 @@ def make_model(name, dtype):
 
 def one_step(name, share, P, T, largest, memory, write):
     """Load a model, write `share` responses of T tokens to prompts of P, train on two of them, as train()
-    does. Yields each phase's name at its end."""
+    does -> {phase: its peak}."""
     with patch.object(opsdc, "CUDA", True):  # activation checkpointing, as on GPUs
         memory.use = "parameters"
         student = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).float()
@@ -134,19 +136,19 @@ def one_step(name, share, P, T, largest, memory, write):
     memory.use = "Adam moments"
     optimizer = torch.optim.AdamW(student.parameters(), foreach=True)  # which it chooses by itself on a GPU
     opsdc.training_state(student, teacher, optimizer)
-    memory.restart()
+    memory.take_peak()  # of loading: not wanted
     memory.use = "activations"
     prompts = [([1] * (P - i), [1] * P) for i in range(share)]
     write(opsdc.unsharded(student, opsdc.COMPUTE_DTYPE), [x for x, _ in prompts], T)
-    yield "generating"
+    peaks = {"generating": memory.take_peak()}
     for size in range(1, largest + 1):
         cfg = opsdc.Config(micro_batch_size=size)  # of two micro-batches of one, the second finds gradients
         opsdc.accumulate_gradient(student, teacher, prompts[:2], [[1] * T] * len(prompts[:2]), cfg)
-        yield f"training in micro-batches of {size}"
+        peaks[f"training in micro-batches of {size}"] = memory.take_peak()
     memory.use = "Adam moments"  # and square roots of them, all at once
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()
-    yield "AdamW's step"
+    return peaks | {"AdamW's step": memory.take_peak()}
 
 
 def write_responses(model, prompts, T):
@@ -169,11 +171,7 @@ def write_first_and_last(model, prompts, T):
     model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
 
-def report(phases, memory):
-    peaks = {}
-    for phase in phases:
-        peaks[phase] = dict(memory.peak)
-        memory.restart()
+def report(peaks):
     opsdc.say(json.dumps(peaks))
     torch.distributed.destroy_process_group()
 
@@ -186,8 +184,10 @@ class Simulated(TorchDispatchMode):
         super().__init__()
         self.use, self.known, self.now, self.peak = None, {}, Counter(), Counter()
 
-    def restart(self):
-        self.peak = self.now.copy()
+    def take_peak(self):
+        """Since the last call."""
+        peak, self.peak = self.peak, self.now.copy()
+        return peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
@@ -207,7 +207,7 @@ class Simulated(TorchDispatchMode):
         self.now[use] += size - before
         if not gone:
             self.known[key] = use, size
-        if sum(self.now.values()) > sum(self.peak.values()):
+        if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
 
 
@@ -245,32 +245,24 @@ def simulate(name, world, *case):
         # what these make counts as of this use
         setattr(owner, name_of, patch.object(memory, "use", use)(getattr(owner, name_of)))
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        report(one_step(name, *case, memory, write_first_and_last), memory)
-
-
-class Measured:
-    """Bytes by which the process's resident memory exceeds, at its peak, what it was at first."""
-
-    def __init__(self):
-        self.first = 0
-        self.restart()
-        self.first = self.peak["resident"]
-
-    def restart(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-
-    @property
-    def peak(self):
-        status = Path("/proc/self/status").read_text()
-        return {"resident": 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) - self.first}
+        report(one_step(name, *case, memory, write_first_and_last))
 
 
 def measure(name, world, *case):
+    """one_step() for real -> bytes by which resident memory exceeds, at its peak, what it was at first."""
+
+    def take_peak():  # since the last call
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
     opsdc.start_processes()
-    for _ in one_step("tiny", 2, 5, 3, 2, Measured(), write_responses):  # libraries take what they keep
-        pass
-    memory = Measured()
-    report(one_step(name, *case, memory, write_responses), memory)
+    memory = SimpleNamespace(take_peak=take_peak)
+    one_step("tiny", 2, 5, 3, 2, memory, write_responses)  # libraries take what they keep
+    take_peak()
+    first = take_peak()  # what is resident now
+    peaks = one_step(name, *case, memory, write_responses)
+    report({phase: {"resident": peak - first} for phase, peak in peaks.items()})
 
 
 if __name__ == "__main__":
