@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -25,24 +25,25 @@ import torch
 import opsdc
 
 TOY = str(Path(opsdc.__file__).resolve().parent / "toy")
+ON_TOY = ["--model", TOY, "--data", f"{TOY}/train.jsonl", "--micro_batch_size", "4"]
 CUDA = opsdc.CUDA
 wait = torch.cuda.synchronize if CUDA else int  # for an idle GPU
 opsdc.say = lambda message: None  # not into the report
 # A step as on one of 8 GPUs, but of six layers: 4 prompts, tokens of a prompt, of a response, micro-batch.
 CASE = ("Qwen3-8B/6", 1, 4, 1024, 8192, 1) if CUDA else ("tiny", 1, 2, 48, 48, 1)
-TOY_RUN = "--batch_size 32 --max_response_tokens 320 --steps 20"
-TOY_RUN = TOY_RUN if CUDA else "--batch_size 4 --max_response_tokens 32 --steps 3"
 
 
 def main():
     opsdc.start_processes()  # before the first byte on the GPU: it chooses how its memory is handed out
     machine = torch.cuda.get_device_properties(opsdc.DEVICE) if CUDA else "no CUDA: tiny shapes"
     print(f"# The rehearsal\n\ntorch {torch.__version__}, {machine}")
-    with ThreadPoolExecutor() as pool:
-        simulated = pool.submit(memory.step_memory, "simulated", *CASE)  # on the CPU, meanwhile
-        figures = toy()
-        gradient()
-        figures |= step(simulated.result())
+    print("\n## The toy")
+    here = train_toy("here")
+    on_cpu = train_toy("on the CPU", CUDA_VISIBLE_DEVICES="") if CUDA else here
+    apart = max(abs(a / b - 1) for a, b in zip(here[:2], on_cpu))
+    verdict(apart < 0.15, f"but for the sampling, this device does as the CPU (apart: {apart:.1%})")
+    gradient()
+    figures = {"a step of the toy, s": f"{here[2]:.2f}"} | step()
     torch.distributed.destroy_process_group()
     print("\n## Five figures\n\n| | |\n| --- | ---: |")
     print(*(f"| {what} | {figure} |" for what, figure in figures.items()), sep="\n")
@@ -52,29 +53,24 @@ def verdict(holds, what):
     print(f"\n**{'Holds' if holds else 'DOES NOT HOLD'}:** {what}")
 
 
-def toy():
-    """-> one of the five figures."""
-    print("\n## The toy")
-    means = []
-    for where, env in (("here", {}), ("on the CPU", {"CUDA_VISIBLE_DEVICES": ""}))[: 1 + CUDA]:
-        with tempfile.TemporaryDirectory() as out:
-            flags = ["--model", TOY, "--data", f"{TOY}/train.jsonl", "--out", f"{out}/run", *TOY_RUN.split()]
-            command = [sys.executable, opsdc.__file__, "--lr", "1e-4", "--micro_batch_size", "4", *flags]
-            done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-            verdict(not done.stderr, f"opsdc.py says nothing on stderr: {done.stderr!r}")
-            steps = opsdc.read_lines(Path(out, "run", "metrics.jsonl"))
-        means.append([fmean(one[what] for one in steps) for what in ("response_tokens", "loss", "seconds")])
-        print(f"\n{where}: {{:.4g}} tokens, loss {{:.4g}}, {{:.2f}} s a step".format(*means[-1]))
-        first, last = steps[1]["peak_memory_gb"], steps[-1]["peak_memory_gb"]
-        verdict(last < 1.1 * first, f"nothing piles up: peak {first:.3f} GB after step 2, {last:.3f} at last")
-    apart = max(abs(a / b - 1) for a, b in zip(means[0][:2], means[-1]))
-    verdict(apart < 0.15, f"but for the sampling, this device does as the CPU (apart: {apart:.1%})")
-    return {"a step of the toy, s": f"{means[0][2]:.2f}"}
+def train_toy(where, **env):
+    """-> response tokens, loss and seconds: means of the steps."""
+    batch, T, steps = (32, 320, 20) if CUDA else (4, 32, 3)
+    flags = f"--batch_size {batch} --max_response_tokens {T} --steps {steps} --lr 1e-4"
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, opsdc.__file__, *ON_TOY, *flags.split(), "--out", out]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+        verdict(not done.stderr, f"opsdc.py says nothing on stderr: {done.stderr!r}")
+        steps = opsdc.read_lines(Path(out, "metrics.jsonl"))
+    means = [fmean(one[what] for one in steps) for what in ("response_tokens", "loss", "seconds")]
+    print(f"\n{where}: {{:.4g}} tokens, loss {{:.4g}}, {{:.2f}} s a step".format(*means))
+    first, last = steps[1]["peak_memory_gb"], steps[-1]["peak_memory_gb"]
+    verdict(last < 1.1 * first, f"nothing piles up: peak {first:.3f} GB after step 2, {last:.3f} at last")
+    return means
 
 
 def gradient():
-    flags = ["--model", TOY, "--data", f"{TOY}/train.jsonl", "--max_response_tokens", "128"]
-    cfg = opsdc.parse_args(opsdc.Config, "", [*flags, "--batch_size", "8", "--micro_batch_size", "4"])
+    cfg = opsdc.parse_args(opsdc.Config, "", [*ON_TOY, *"--batch_size 8 --max_response_tokens 128".split()])
     tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
     batch = opsdc.draw_batch(opsdc.load_prompts(cfg, tokenizer, context), 1, cfg)
     model = opsdc.load_model(TOY, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
@@ -83,7 +79,7 @@ def gradient():
     student = opsdc.shard(opsdc.load_model(TOY, "auto")).float()  # the rest is as in train()
     teacher = opsdc.shard(opsdc.load_model(TOY, opsdc.COMPUTE_DTYPE)).requires_grad_(False)
     losses, _ = opsdc.accumulate_gradient(student, teacher, batch, responses, cfg)
-    grads = [p.grad.full_tensor().cpu().flatten() for _, p in sorted(student.named_parameters())]
+    grads = [p.grad.full_tensor().cpu().flatten() for p in student.parameters()]
     ours = torch.stack([x.mean() for x in losses]).mean().cpu(), torch.cat(grads)
     off = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, plain_gradient(batch, responses))]
     limit = 0.05 if CUDA else 1e-4  # computed in bf16; in fp32
@@ -102,47 +98,49 @@ def plain_gradient(batch, responses):
             log_p = teacher(torch.tensor([xc + y])).logits[0, len(xc) - 1 : -1].log_softmax(-1)
         loss = loss + (log_q.exp() * (log_q - log_p)).sum(-1).mean() / len(batch)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for _, p in sorted(student.named_parameters())])
+    return loss.detach(), torch.cat([p.grad.flatten() for p in student.parameters()])
 
 
-def step(simulated):
+def step():
     """memory.one_step with real tensors, its peaks beside the simulated ones -> four of the five figures."""
-    print("\n## Peak memory of a step\n\n| | simulated GB | measured GB |\n| --- | ---: | ---: |")
     name, _, share, P, T, size = CASE
-    spent, peaks, holds = {}, [], True
-    watch = SimpleNamespace(restart=torch.cuda.reset_peak_memory_stats if CUDA else gc.collect)
-    for _ in memory.one_step("tiny", 2, 5, 3, size, watch, memory.write_responses):
-        pass  # libraries take what they keep
+    watch = SimpleNamespace(take_peak=take_peak)
+    memory.one_step("tiny", 2, 5, 3, size, watch, memory.write_responses)  # libraries take what they keep
     gc.collect()
-
-    def timed(plain):
-        def function(*args):
-            wait()
-            began = time.perf_counter()
-            result = plain(*args)
-            wait()
-            spent[plain.__name__] = time.perf_counter() - began  # the last of them
-            return result
-
-        return function
-
+    spent = {}
     for function in (opsdc.rollout, opsdc.loss_and_gradient, opsdc.accumulate_gradient):
-        setattr(opsdc, function.__name__, timed(function))
-    phases = memory.one_step(name, share, P, T, size, watch, memory.write_responses)
-    for phase, uses in simulated.items():
-        next(phases)
-        expected, peak = sum(uses.values()), torch.cuda.max_memory_allocated() if CUDA else 0
-        print(f"| {phase} | {expected / 1e9:.3f} | {peak / 1e9:.3f} |")
-        holds &= 0.9 < peak / expected < 1.1 or not CUDA
-        peaks.append(peak)
-        watch.restart()
-    verdict(holds, "no peak is a tenth off (of a GPU's)")
+        setattr(opsdc, function.__name__, partial(timed, spent, function))
+    peaks = memory.one_step(name, share, P, T, size, watch, memory.write_responses)
+    simulated = {phase: uses.total() for phase, uses in memory.step_memory("simulated", *CASE).items()}
+    print("\n## Peak memory of a step\n\n| | simulated GB | measured GB |\n| --- | ---: | ---: |")
+    for phase, peak in peaks.items():
+        print(f"| {phase} | {simulated[phase] / 1e9:.3f} | {peak / 1e9:.3f} |")
+    off = max(abs(peak / simulated[phase] - 1) for phase, peak in peaks.items())
+    verdict(off < 0.1 or not CUDA, "no peak is a tenth off (of a GPU's)")
     return {
         f"a token of {share} responses, {name} (model/layers), ms": f"{1000 * spent['rollout'] / T:.2f}",
         f"training on one of {T:,} tokens, s": f"{spent['accumulate_gradient'] / 2:.2f}",
         "of it the loss, s": f"{spent['loss_and_gradient']:.2f}",
-        "peak of that step, GB": f"{max(peaks) / 1e9:.1f}",
+        "peak of that step, GB": f"{max(peaks.values()) / 1e9:.1f}",
     }
+
+
+def take_peak():
+    """Bytes of the GPU at the peak since the last call."""
+    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def timed(spent, function, *args):
+    """Call a function and note the seconds. Those of its last call stay."""
+    wait()
+    began = time.perf_counter()
+    result = function(*args)
+    wait()
+    spent[function.__name__] = time.perf_counter() - began
+    return result
 
 
 if __name__ == "__main__":
