@@ -1,7 +1,6 @@
 """Each patch of this folder applies to opsdc.py as it stands, trains for two steps, and does what it says."""
 
-import importlib.util
-import json
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,32 +11,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before opsdc asks for one
 FORKS = Path(__file__).resolve().parent
 ROOT, TOY = FORKS.parent, FORKS.parent / "toy"
 sys.path.insert(0, str(ROOT))  # for eval.py, which one of them imports
-ROWS = list(map(json.loads, (TOY / "train.jsonl").open()))
 
 
 @pytest.fixture
-def fork(request, tmp_path):
+def fork(request, tmp_path, monkeypatch):
     """opsdc.py with the patch that the test is named for, imported, and `run` to train with it."""
     name = request.node.originalname.removeprefix("test_")
     if name == "lora":
         pytest.importorskip("peft", reason="pip install peft accelerate")
     shutil.copy(ROOT / "opsdc.py", tmp_path)
     subprocess.run(["git", "apply", FORKS / f"{name}.patch"], cwd=tmp_path, check=True)
-    spec = importlib.util.spec_from_file_location(f"opsdc_{name}", tmp_path / "opsdc.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    (tmp_path / "opsdc.py").rename(tmp_path / f"opsdc_{name}.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(f"opsdc_{name}")
 
     def run(*flags, steps=2):
         flags += ("--model", TOY, "--data", TOY / "train.jsonl", "--out", module.out, "--resume")
         flags += ("--steps", steps, "--batch_size", 4, "--max_response_tokens", 160, "--log_rollouts", 4)
         module.train(module.parse_args(module.Config, "", list(map(str, flags))))
-        metrics, rollouts = (list(map(json.loads, (module.out / log).open())) for log in module.LOGS)
+        metrics, rollouts = (module.read_lines(module.out / log) for log in module.LOGS)
         assert [x["step"] for x in metrics] == [*range(1, steps + 1)] and all(x["grad_norm"] for x in metrics)
         return rollouts
 
@@ -49,9 +48,9 @@ def toy():
     return AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32)
 
 
-def checkpoint(out, role):
+def checkpoint(fork, role):
     """The parameters of a role in the last checkpoint."""
-    files = out.glob("checkpoint/step_*/*.safetensors")
+    files = fork.out.glob("checkpoint/step_*/*.safetensors")
     return {k.removeprefix(role): x for f in files for k, x in load_file(f).items() if k.startswith(role)}
 
 
@@ -64,13 +63,13 @@ def test_ema(fork, monkeypatch):
     monkeypatch.setattr(fork, "COMPUTE_DTYPE", torch.bfloat16)  # as on a GPU
     flags = ("--lr", 1e-6, "--refresh_every", 9)
     fork.run(*flags, steps=1)
-    student = checkpoint(fork.out, "student.")
+    before, student = toy(), checkpoint(fork, "student.")
     fork.run(*flags)
-    for name, average in checkpoint(fork.out, "teacher.").items():
-        first = toy().get_parameter(name).double()
+    for name, average in checkpoint(fork, "teacher.").items():
+        first = before.get_parameter(name).double()
         moved = 2 / (9 + 1) * (student[name] - first)
         assert moved.abs().max() > 0
-        torch.testing.assert_close(average.double(), first + moved, rtol=1e-7, atol=1e-9)
+        assert_close(average.double(), first + moved, rtol=1e-7, atol=1e-9)
 
 
 def test_solution(fork):
@@ -79,7 +78,7 @@ def test_solution(fork):
     told = "Here is a reference solution: 5\nUnderstand it, then solve the problem in your own words."
     assert fork.teacher_messages(row, "x")[0]["content"] == asked.replace(fork.STEP_BY_STEP, told) != asked
     assert "because" in fork.teacher_messages(row | {"solution": "because"}, "")[0]["content"]
-    answers = {row["prompt"][0]["content"]: row["answer"] for row in ROWS}
+    answers = {row["prompt"][0]["content"]: row["answer"] for row in fork.read_lines(TOY / "train.jsonl")}
     for rollout in fork.run():
         question = rollout["student_prompt"].split("\n")[1].removesuffix("<|im_end|>")
         assert f"Here is a reference solution: {answers[question]}\n" in rollout["teacher_prompt"]
@@ -95,8 +94,8 @@ def test_other_teacher(fork, tmp_path):
         x, xc, y = (rollout[f"{name}_ids"] for name in ("student_prompt", "teacher_prompt", "response"))
         log_q, log_p = log_probs(toy(), x, y), log_probs(other, xc, y)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-        torch.testing.assert_close(torch.tensor(rollout["token_kl"]), kl, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(x, other.get_parameter(k)) for k, x in checkpoint(fork.out, "teacher.").items())
+        assert_close(torch.tensor(rollout["token_kl"]), kl, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(x, other.get_parameter(k)) for k, x in checkpoint(fork, "teacher.").items())
     words.add_tokens(["hello"])
     words.save_pretrained(tmp_path / "other")
     fork.out = tmp_path / "new"
@@ -114,15 +113,15 @@ def test_off_policy(fork):
         y = rollout["response_ids"]
         log_q = log_probs(toy(), rollout["student_prompt_ids"], y)
         loss = cross_entropy(log_q, torch.tensor(y), reduction="none")
-        torch.testing.assert_close(torch.tensor(rollout["token_kl"]), loss, rtol=1e-3, atol=1e-4)
+        assert_close(torch.tensor(rollout["token_kl"]), loss, rtol=1e-3, atol=1e-4)
 
 
 def test_length_penalty(fork, monkeypatch):
     monkeypatch.setattr("eval.equivalent_within_time", str.__eq__)  # no process of its own for math-verify
     fork.run()
-    words = AutoTokenizer.from_pretrained(TOY)
-    prompts = [fork.prompt_ids(words, fork.student_messages(row)) for row in ROWS[:3]]
-    texts = f"Answer: {ROWS[0]['answer']}<|im_end|>", "</think>\n\nAnswer: 99<|im_end|>", "<think>\nYes"
+    words, rows = AutoTokenizer.from_pretrained(TOY), fork.read_lines(TOY / "train.jsonl")[:3]
+    prompts = [fork.prompt_ids(words, fork.student_messages(row)) for row in rows]
+    texts = f"Answer: {rows[0]['answer']}<|im_end|>", "</think>\n\nAnswer: 99<|im_end|>", "<think>\nYes"
     responses = [words(text)["input_ids"] for text in texts]
     assert [fork.RIGHT[tuple(x)](y) for x, y in zip(prompts, responses)] == [True, False, False]
     reward = torch.tensor([1.0, 0, 0]) - torch.tensor([len(y) / 20 for y in responses])
@@ -134,7 +133,7 @@ def test_length_penalty(fork, monkeypatch):
     cfg = fork.Config(length_price=2.0, max_response_tokens=40)  # a token costs 1 / 20
     fork.accumulate_gradient(student, teacher, [(x, x) for x in prompts], responses, cfg)
     for p, q in zip(student.parameters(), by_hand.parameters()):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-6)
+        assert_close(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-6)
     torch.distributed.destroy_process_group()
 
 
@@ -142,18 +141,18 @@ def test_clip(fork):
     kl = torch.tensor([kl for rollout in fork.run("--clip", 0.02) for kl in rollout["token_kl"]])
     assert kl.max() == torch.tensor(0.02) and (kl < 0.02).any()
     torch.manual_seed(0)
-    states = [torch.randn(*shape) for shape in ((30, 8), (61, 8), (30, 8), (61, 8))]
+    states = [torch.randn(rows, 8) for rows in (30, 61, 30, 61)]
     kl = fork.loss_and_gradient(*states, torch.ones(30), fork.Config(clip=1e9))[0]
-    cap = kl.sort().values[14:16].mean().item()
+    cap = kl.quantile(0.5).item()
     small_ones = fork.loss_and_gradient(*states, (kl < cap).float(), fork.Config(clip=1e9))
     clipped = fork.loss_and_gradient(*states, torch.ones(30), fork.Config(clip=cap))
-    torch.testing.assert_close(clipped[0], kl.clamp(max=cap))
-    torch.testing.assert_close(clipped[2:], small_ones[2:])  # no gradient from those above the cap
+    assert_close(clipped[0], kl.clamp(max=cap))
+    assert_close(clipped[2:], small_ones[2:])  # no gradient from those above the cap
 
 
 def test_lora(fork):
     fork.run("--lr", 1e-2)
-    student = checkpoint(fork.out, "student.")
+    student = checkpoint(fork, "student.")
     trained = AutoModelForCausalLM.from_pretrained(fork.out / "step_2", dtype=torch.float32)
     for name, first in toy().named_parameters():
         a, b = (student.get(name.replace("weight", f"lora_{x}.default.weight")) for x in "AB")
