@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_
 
 import datasets
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,10 +37,10 @@ WORDS = 151_936  # of Qwen3
 SIDES = {
     "toy": (("opsdc.py", 4), ("TRL", 4)),  # who, and how many sequences at a time
     "wide": (("opsdc.py", 4), ("TRL", 4), ("TRL", 1)),
-    "loss": [  # how, hidden size, tokens
-        (how, *sizes)
-        for sizes in ((512, 1024), (512, 8192), (4096, 1024)) for how in ("opsdc.py", "four matmuls")
-    ],
+    "loss": (  # how, hidden size, tokens
+        ("opsdc.py", 512, 1024), ("four matmuls", 512, 1024), ("opsdc.py", 512, 8192),
+        ("four matmuls", 512, 8192), ("opsdc.py", 4096, 1024), ("four matmuls", 4096, 1024),
+    ),
 }  # fmt: skip
 WORK = {  # the first step warms up and is not counted
     "toy": {"batch_size": 32, "max_response_tokens": 320, "steps": 6},
@@ -71,35 +73,27 @@ def measure_step(part, side, micro_batch_size):
     nearly the same later."""
     ends, spent = [], Counter()
 
-    def timed(owner, name, after):
-        plain = getattr(owner, name)
+    def timed(write, *args, **kwargs):
+        torch.manual_seed(random.Random(repr((0, len(ends) + 1, 0))).getrandbits(63))  # as rollout() does it
+        began = clock()
+        result = write(*args, **kwargs)
+        spent["rollout"] += clock() - began
+        spent["tokens"] += sum(map(len, result if side == "opsdc.py" else result[1]))
+        return result
 
-        def function(*args, **kwargs):
-            if side == "TRL" and name == "_generate":  # with the seed that train() gives to rollout()
-                torch.manual_seed(random.Random(repr((0, len(ends) + 1, 0))).getrandbits(63))
-            began = clock()
-            result = plain(*args, **kwargs)
-            after(clock() - began, result)
-            return result
-
-        setattr(owner, name, function)
-
-    def written(seconds, result):
-        spent.update(rollout=seconds, tokens=sum(map(len, result if side == "opsdc.py" else result[1])))
-
-    timed(torch.optim.AdamW, "step", lambda *_: ends.append((clock(), spent["rollout"], spent["tokens"])))
+    register_optimizer_step_post_hook(lambda *_: ends.append((clock(), spent["rollout"], spent["tokens"])))
     with tempfile.TemporaryDirectory() as folder:
         model = make_wide_model(f"{folder}/model") if part == "wide" else TOY
         cfg = opsdc.Config(model=model, data=f"{TOY}/train.jsonl", lr=1e-4, out=f"{folder}/run", **WORK[part])
-        cfg.micro_batch_size = int(micro_batch_size)
+        cfg.micro_batch_size = micro_batch_size
         if side == "opsdc.py":
-            timed(opsdc, "rollout", written)
+            opsdc.rollout = partial(timed, opsdc.rollout)
             opsdc.save_checkpoint = opsdc.export = lambda *_: None  # TRL saves nothing here either
             opsdc.train(cfg)
             first_loss = opsdc.read_lines(Path(cfg.out, "metrics.jsonl"))[0]["loss"]
         else:
             trainer = make_trainer(cfg)
-            timed(trainer, "_generate", written)
+            trainer._generate = partial(timed, trainer._generate)
             trainer.train()
             first_loss = trainer.state.log_history[0]["loss"]
     seconds, rollout, tokens = ((last - first) / (cfg.steps - 1) for first, last in zip(ends[0], ends[-1]))
@@ -108,12 +102,12 @@ def measure_step(part, side, micro_batch_size):
 
 
 def make_wide_model(folder):
-    config, tokenizer = AutoConfig.from_pretrained(TOY), AutoTokenizer.from_pretrained(TOY)
-    config.update({"vocab_size": WORDS, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2})
-    config.update({"tie_word_embeddings": False, "layer_types": ["full_attention"] * 2})
+    sizes = {"vocab_size": WORDS, "hidden_size": 256, "intermediate_size": 768, "tie_word_embeddings": False}
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TOY, **sizes, **layers))
+    for part in (model, AutoTokenizer.from_pretrained(TOY)):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -146,27 +140,27 @@ def make_trainer(cfg):
 def measure_loss(part, how, hidden, tokens):
     """Seconds, and the GB by which the process grew above its inputs. The four matmuls are what no way of
     computing the loss can spare; a gradient of the logits has their shape."""
-    hidden, tokens = int(hidden), int(tokens)
     torch.manual_seed(0)
     shapes = [tokens, WORDS, tokens, WORDS]  # student: hidden states, LM head; teacher: the same
     x, head, y, teacher_head = (torch.empty(rows, hidden).normal_(std=hidden**-0.25) for rows in shapes)
     weight, chunk = torch.full((tokens,), 1 / tokens), opsdc.CHUNK_LOGITS // WORDS
     before, began = peak_gb(), clock()
-    with torch.no_grad():
-        if how == "opsdc.py":
-            opsdc.loss_and_gradient(x, head, y, teacher_head, weight, opsdc.Config())
-        else:
-            grad_head = torch.zeros_like(head)
-            for some_x, some_y in zip(x.split(chunk), y.split(chunk)):
-                logits = some_x @ head.T
-                some_y @ teacher_head.T
-                logits @ head
-                grad_head.addmm_(logits.T, some_x)
+    if how == "opsdc.py":
+        opsdc.loss_and_gradient(x, head, y, teacher_head, weight, opsdc.Config())
+    else:
+        grad_head = torch.zeros_like(head)
+        for some_x, some_y in zip(x.split(chunk), y.split(chunk)):
+            logits = some_x @ head.T
+            some_y @ teacher_head.T
+            logits @ head
+            grad_head.addmm_(logits.T, some_x)
     return {"seconds": clock() - began, "GB above the inputs": peak_gb() - before}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--one":
-        print(json.dumps((measure_loss if sys.argv[2] == "loss" else measure_step)(*sys.argv[2:])))
+        part, how, *numbers = sys.argv[2:]
+        measure = measure_loss if part == "loss" else measure_step
+        print(json.dumps(measure(part, how, *map(int, numbers))))
     else:
         main(*sys.argv[1:])
