@@ -41,7 +41,9 @@ def fork(request, tmp_path, monkeypatch):
         return rollouts
 
     module.run, module.out, module.note_signals = run, tmp_path / "out", list  # pytest's handlers stay
-    return module
+    yield module
+    if torch.distributed.is_initialized():  # train() has failed, or the test started the processes
+        torch.distributed.destroy_process_group()
 
 
 def toy():
@@ -134,7 +136,6 @@ def test_length_penalty(fork, monkeypatch):
     fork.accumulate_gradient(student, teacher, [(x, x) for x in prompts], responses, cfg)
     for p, q in zip(student.parameters(), by_hand.parameters()):
         assert_close(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-6)
-    torch.distributed.destroy_process_group()
 
 
 def test_clip(fork):
