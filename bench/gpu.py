@@ -70,7 +70,7 @@ def train_toy(where, **env):
 
 
 def gradient():
-    cfg = opsdc.parse_args(opsdc.Config, "", [*ON_TOY, *"--batch_size 8 --max_response_tokens 128".split()])
+    cfg = opsdc.parse_args(opsdc.Config, "", [*ON_TOY, "--batch_size", "8", "--max_response_tokens", "128"])
     tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
     batch = opsdc.draw_batch(opsdc.load_prompts(cfg, tokenizer, context), 1, cfg)
     model = opsdc.load_model(TOY, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
