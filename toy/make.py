@@ -14,6 +14,7 @@ is a model folder and two data files like any other:
 import argparse
 import json
 import random
+import re
 import sys
 import time
 import zlib
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -56,32 +58,27 @@ def make_problem(rng, level):
             return expression, steps
 
 
-def held_out(expression):
-    """About one expression in ten, by a hash: it never occurs in training data of any kind."""
-    return zlib.crc32(expression.encode()) % 10 == 0
-
-
 def draw(rng, level, test):
+    """-> expression, steps, row of a data file. About one expression in ten, by a hash, is held out for the
+    test: it never occurs in training data of any kind."""
     while True:
         expression, steps = make_problem(rng, level)
-        if held_out(expression) == test:
-            return expression, steps
+        if (zlib.crc32(expression.encode()) % 10 == 0) == test:
+            question, answer = rng.choice(WORDINGS).format(expression), steps[-1].split(" = ")[1]
+            row = {"prompt": [{"role": "user", "content": question}], "problem": question}
+            return expression, steps, row | {"answer": answer, "level": level}
 
 
 def write_problems(rng, out):
     """The answers in train.jsonl are for variants in forks/: the method needs none."""
     train, test = {}, {}
     while len(train) < TRAIN_ROWS:
-        expression, steps = draw(rng, rng.choice(LEVELS), test=False)
-        question, answer = rng.choice(WORDINGS).format(expression), steps[-1].split(" = ")[1]
-        train[question] = {"prompt": [{"role": "user", "content": question}], "answer": answer}
+        _, _, row = draw(rng, rng.choice(LEVELS), test=False)
+        train[row["problem"]] = {"prompt": row["prompt"], "answer": row["answer"]}
     for level in LEVELS:
         while len(test) < TEST_ROWS_PER_LEVEL * level:
-            expression, steps = draw(rng, level, test=True)
-            question, answer = rng.choice(WORDINGS).format(expression), steps[-1].split(" = ")[1]
-            # keyed by the expression: no problem occurs twice under two wordings
-            row = {"prompt": [{"role": "user", "content": question}], "problem": question}
-            test.setdefault(expression, row | {"answer": answer, "level": level})
+            expression, _, row = draw(rng, level, test=True)
+            test.setdefault(expression, row)  # no problem occurs twice under two wordings
     for name, rows in (("train", train), ("test", test)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
@@ -138,9 +135,7 @@ def make_response(rng, expression, steps, mode):
 def make_example(rng, minimal=False):
     """-> (chat messages, response): the plain question, or the question under an instruction, put as opsdc.py
     puts it."""
-    expression, steps = draw(rng, rng.choice(LEVELS), test=False)
-    question = rng.choice(WORDINGS).format(expression)
-    row = {"prompt": [{"role": "user", "content": question}]}
+    expression, steps, row = draw(rng, rng.choice(LEVELS), test=False)
     (mode,) = rng.choices(list(INSTRUCTED), [often for _, often in INSTRUCTED.values()])
     messages = student_messages(row) if mode == "plain" else teacher_messages(row, INSTRUCTED[mode][0])
     return messages, make_response(rng, expression, steps, "minimal" if minimal else mode)
@@ -167,7 +162,6 @@ CHAT_TEMPLATE = """\
 def make_tokenizer(rng):
     """Byte-level BPE of at most 512 words, in which each digit and each of ' + ', ' - ', ' = ' is one
     token."""
-    special, thinking = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" [-+=] |\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -176,8 +170,7 @@ def make_tokenizer(rng):
     texts = []
     for _ in range(3000):
         messages, response = make_example(rng)
-        for word in special + thinking:
-            response = response.replace(word, "")
+        response = re.sub("<.*?>", "", response)  # its marks are words as they are, added below
         texts += ["user\n" + messages[-1]["content"], "assistant\n" + response]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=512 - 5, initial_alphabet=alphabet, show_progress=False)
@@ -186,7 +179,7 @@ def make_tokenizer(rng):
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"], model_max_length=1024, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    fast.add_tokens(thinking)  # plain words, as in Qwen3: skip_special_tokens keeps them
+    fast.add_tokens(["<think>", "</think>"])  # plain words, as in Qwen3: skip_special_tokens keeps them
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -232,27 +225,21 @@ def pretrain(model, tokenizer, rng, steps, batch_size=16, peak_lr=3e-3, warmup=3
     for step, batch in enumerate(batches(rng, tokenizer, steps, batch_size), 1):
         decay = 2 * (steps - step) / steps  # constant for half of the run, then linear to 0
         optimizer.param_groups[0]["lr"] = peak_lr * min(1, step / warmup, decay + 1e-3)
-        width = max(len(prompt) + len(response) for prompt, response in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)  # [B, S]
-        labels = torch.full((len(batch), width), -100)
-        for i, (prompt, response) in enumerate(batch):
-            end = len(prompt) + len(response)
-            ids[i, :end] = torch.tensor(prompt + response)
-            labels[i, len(prompt) : end] = ids[i, len(prompt) : end]
-        logits = model(input_ids=ids).logits
+        ids = [torch.tensor(prompt + response) for prompt, response in batch]
+        labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in batch]
+        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, S]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         # Over a constant, not the batch's token count: batches are sorted by length, and a token mean would
         # weigh short traces more and teach the model to stop early.
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        ) / (batch_size * 100)
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=batch_size * 100).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step == 1 or step % 100 == 0:
             nats = loss.item() * batch_size * 100 / (labels != -100).sum().item()
-            where = f"step {step:5d}/{steps}  loss {nats:.4f} nats/token"
-            print(f"{where}  {time.time() - start:.0f} s", flush=True)
+            seconds = time.time() - start
+            print(f"step {step:5d}/{steps}  loss {nats:.4f} nats/token  {seconds:.0f} s", flush=True)
 
 
 def main():
@@ -274,11 +261,8 @@ def main():
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     file = args.out / "tokenizer_config.json"  # transformers 4 has other names for the class and some words
-    names = {"TokenizersBackend": "PreTrainedTokenizerFast", "extra_special": "additional_special"}
-    text = file.read_text()
-    for new, old in names.items():
-        text = text.replace(new, old)
-    file.write_text(text)
+    text = file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    file.write_text(text.replace("extra_special", "additional_special"))
 
 
 if __name__ == "__main__":
