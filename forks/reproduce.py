@@ -10,15 +10,15 @@ other settings, add a row. What is done is skipped: after a stop, the same comma
 runs/forks. In the end the figures of both pages are renewed: `git diff` shows what changed.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toy.reproduce import TOY, call, entropy, evaluate, first_step, folder, in_parallel, listed, renew
+from toy.reproduce import ROOT, TOY, call, entropy, evaluate, first_step, folder, in_parallel, listed, renew
 from toy.reproduce import results, three_seeds, tokens_and_accuracy
 
 RUNS = Path("runs/forks")
@@ -33,17 +33,12 @@ def patch(name):
     if name in ("larger", "other_teacher"):
         call("toy/make.py --width 192", MODELS["larger"], "model.safetensors")
     if name not in MODELS and not code.exists():
-        partial = code.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a patch that failed
-        partial.mkdir(parents=True)
-        for file in ("opsdc.py", "eval.py"):
-            shutil.copy(file, partial)
-        if name != "opsdc":  # with a repository around it, git would skip what is not that repository's
-            line = ["git", "apply", str(Path(f"forks/{name}.patch").resolve())]
-            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(partial.parent.resolve())}
-            if subprocess.call(line, cwd=partial, env=alone):
+        with TemporaryDirectory() as work:  # with a repository around it, git would skip these files
+            for file in ("opsdc.py", "eval.py"):
+                shutil.copy(file, work)
+            if name != "opsdc" and subprocess.call(["git", "apply", ROOT / f"forks/{name}.patch"], cwd=work):
                 raise SystemExit(f"forks/{name}.patch does not apply, or is not there")
-        partial.rename(code)
+            shutil.copytree(work, code)
 
 
 def do(run):
@@ -66,10 +61,9 @@ def do(run):
 def variant(title):
     """Cells of README.md: for the best settings, the mean of three seeds."""
     name, flags = re.fullmatch(r"\*\*(\w+)\*\*(?: `(.*)`)?", title).groups("")
-    runs, file = three_seeds(f"{name} {flags}".strip()), Path(f"forks/{name}.patch")
-    text = file.read_text() if file.exists() else ""
+    runs = [name] if name in MODELS else three_seeds(f"{name} {flags}".strip())
+    text = "".join(file.read_text() for file in Path("forks").glob(f"{name}.patch"))  # OPSDC has none
     added, removed = (len(re.findall(line, text, re.M)) for line in (r"^\+(?!\+\+).", r"^-(?!--)."))
-    runs = runs[:1] if name in MODELS else runs
     in_training, as_in_paper = (results(RUNS, runs, 100, sampling) for sampling in ("training", "paper"))
     cells = tokens_and_accuracy(in_training) + tokens_and_accuracy(as_in_paper)
     nats = entropy([RUNS / folder(run, 100, "signal") for run in runs], 1)
