@@ -17,7 +17,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -28,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each job
 # glibc is to keep what is freed: else giving back and clearing memory is nearly half of an evaluation
 os.environ |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000")
 import matplotlib.pyplot as plt
+import pandas
 from transformers import AutoTokenizer
 
 from opsdc import read_lines
@@ -96,32 +96,31 @@ def tokens_and_accuracy(found):
     return [cell(found, "response_tokens"), cell(found, "accuracy_dual", 100)]
 
 
-def logged(out, key, last):
-    """Mean of a figure of the log over the ten steps that end with this one."""
-    return fmean(x[key] for x in read_lines(out / "metrics.jsonl") if last - 10 < x["step"] <= last)
+def log(out):
+    """A run's log, a row a step: each figure is the mean over the ten steps that end with this one."""
+    return pandas.DataFrame(read_lines(out / "metrics.jsonl")).set_index("step").rolling(10, 1).mean()
 
 
-def entropy(logs, last):
+def entropy(outs, last):
     """A cell: the mean over these runs; empty, where one is missing."""
-    if not all((log / "metrics.jsonl").exists() for log in logs):
+    if not all((out / "metrics.jsonl").exists() for out in outs):
         return ""
-    return f"{fmean(logged(log, 'entropy', last) for log in logs):.3f}"
+    return f"{fmean(log(out).entropy[last] for out in outs):.3f}"
 
 
-def token_kls(out, tokenizer):
-    """For each logged rollout, its tokens as (text, KL)."""
-    rollouts = read_lines(out / "rollouts.jsonl")
-    return [list(zip(map(tokenizer.decode, x["response_ids"]), x["token_kl"])) for x in rollouts]
+def token_kls(out, model, sort):
+    """What `sort` makes of the tokens of each logged rollout, which it gets as (text, KL)."""
+    decode = AutoTokenizer.from_pretrained(model).decode
+    for x in read_lines(out / "rollouts.jsonl"):
+        yield from sort(list(zip(map(decode, x["response_ids"]), x["token_kl"])))
 
 
 def shares(kinds_and_kls):
-    """-> {kind: (how many, share of them %, share of the KL %, mean KL in nats)}."""
-    kls = {"all": []}
-    for kind, kl in kinds_and_kls:
-        kls["all"].append(kl)
-        kls.setdefault(kind, []).append(kl)
-    count, nats = len(kls["all"]), sum(kls["all"])
-    return {kind: (len(x), 100 * len(x) / count, 100 * sum(x) / nats, fmean(x)) for kind, x in kls.items()}
+    """-> a frame, a row for each kind and for all: `times`, `nats` in sum, mean `kl`; and all that in %."""
+    tokens = pandas.DataFrame(kinds_and_kls, columns=["kind", "kl"])
+    kinds = pandas.concat([tokens, tokens.assign(kind="all")]).groupby("kind").kl
+    found = kinds.agg(times="size", nats="sum", kl="mean")
+    return found.join((100 * found / found.loc["all"]).add_suffix(" %"))
 
 
 def listed(page):
@@ -146,14 +145,10 @@ def renew(page, *fills):
 
 # ------------------------------------------------------------------------------------------ this script's own
 RUNS = Path("runs/reproduce")
-SWEEP = {  # M: its runs
-    25: three_seeds("opsdc --refresh_every 25"),
-    50: three_seeds("opsdc"),
-    100: three_seeds("opsdc --refresh_every 100"),
-}
-LONG = sum(SWEEP.values(), [])  # these go on to step 300, all others to step 100
-CURVE = range(50, 301, 50)  # steps at which the long ones are evaluated
-AS_IN_PAPER = ["base", "base --instruction v1", *SWEEP[50]]  # these are sampled as the paper does, too
+SWEEP = {25: "opsdc --refresh_every 25", 50: "opsdc", 100: "opsdc --refresh_every 100"}  # M: its run
+LONG = sum(map(three_seeds, SWEEP.values()), [])  # these go on to step 300, all others to step 100
+CURVE = range(0, 301, 50)  # steps at which the long ones are evaluated; at 0 it is the base model
+AS_IN_PAPER = ["base", "base --instruction v1", *three_seeds("opsdc")]  # sampled as the paper does, too
 LINES = {  # what a line of a response is, by how it begins
     "a re-check": RECHECKS,
     "the end of the thinking": ("</think>",),
@@ -165,13 +160,11 @@ LINES = {  # what a line of a response is, by how it begins
 def do(run):
     """A run's training, if it has any, and its evaluations."""
     name, _, flags = run.partition(" ")
-    if name not in ("base", "opsdc"):
-        raise SystemExit(f"toy/findings.md: there is no method {name}")
     flags = flags.replace("target", shlex.quote(INSTRUCTED["target"][0]))  # it asks for 50 % fewer tokens
     out, steps = RUNS / folder(run), [0]
-    if name == "opsdc":
-        steps, more = (CURVE, "--steps 300 --log_rollouts 32") if run in LONG else ([100], "")
-        call(f"opsdc.py {TOY} --model toy --lr 1e-4 {more} {flags} --resume", out, f"step_{steps[-1]}")
+    if name != "base":
+        steps, more = (CURVE[1:], "--steps 300 --log_rollouts 32") if run in LONG else ([100], "")
+        call(f"{name}.py {TOY} --model toy --lr 1e-4 {more} {flags} --resume", out, f"step_{steps[-1]}")
     for step in steps:
         model, asked = (out / f"step_{step}", "") if step else ("toy", flags)
         evaluate(RUNS, run, step, model, "training", 8 if step in (0, 100) else 4, asked)
@@ -181,106 +174,86 @@ def do(run):
             first_step(RUNS / folder(run, step, "signal"), model, f"{TOY} --lr 1e-4", 256)
 
 
-def models(title):
-    """-> the runs that a row is the mean of, and their step."""
+def result(sampling, title, in_full=False):
+    """The cells of a model, or of three seeds: tokens, how many fewer, accuracy; in full, more than that."""
     run = title.split("`")[1]
     step = 0 if run.startswith("base") else 300 if "300 steps" in title else 100
-    return three_seeds(run) if "3 seeds" in title else [run], step
-
-
-def main_result(sampling, title):
-    runs, step = models(title)
-    before, found = results(RUNS, ["base"], 0, sampling), results(RUNS, runs, step, sampling)
-    if not before or not found:
-        return ["not run"] * 3
-    mean, base = (fmean(x["response_tokens"] for x in some) for some in (found, before))
-    tokens, accuracy = tokens_and_accuracy(found)
-    return [tokens, f"{100 - 100 * mean / base:.0f}", accuracy]
-
-
-def variant(title):
-    runs, step = models(title)
-    found = results(RUNS, runs, step)
+    runs = three_seeds(run) if "3 seeds" in title else [run]
+    found, (base,) = results(RUNS, runs, step, sampling), results(RUNS, ["base"], 0, sampling)
     if not found:
-        return ["not run"] * 5
-    cut_off = 100 * fmean(x["truncated"] for x in found)
-    levels = zip(*([x["response_tokens"] for x in one["by"]["level"].values()] for one in found))
-    levels = " ".join(f"{fmean(level):.0f}" for level in levels)
+        return ["not run"] * (5 if in_full else 3)
+    means = pandas.json_normalize(found).mean(numeric_only=True)
+    tokens, accuracy = tokens_and_accuracy(found)
+    if not in_full:
+        return [tokens, f"{100 - 100 * means.response_tokens / base['response_tokens']:.0f}", accuracy]
+    levels = " ".join(f"{x:.0f}" for x in means.filter(regex=r"^by\.level\.\d+\.response_tokens$"))
     logs = [RUNS / (folder(run) if step else folder(run, 0, "signal")) for run in runs]
-    return [*tokens_and_accuracy(found), f"{cut_off:.1f}", levels, entropy(logs, step or 1)]
+    return [tokens, accuracy, f"{100 * means.truncated:.1f}", levels, entropy(logs, step or 1)]
+
+
+@cache
+def course(run):
+    """A long run, a row a step: what its log has, and what eval.py found."""
+    found = pandas.DataFrame([results(RUNS, [run if step else "base"], step)[0] for step in CURVE], CURVE)
+    figures = log(RUNS / folder(run))[["loss", "entropy"]]
+    figures["loss before"] = figures.loss.shift()
+    return figures.join(found[["response_tokens", "accuracy_dual"]], how="outer")
 
 
 def sweep(title):
     M, what = title.removeprefix("M = ").split(": ")
-    runs = SWEEP[int(M)]
-    if what == "tokens":
-        return [cell(results(RUNS, runs, step), "response_tokens") for step in CURVE]
-    if what == "accuracy %":
-        return [cell(results(RUNS, runs, step), "accuracy_dual", 100) for step in CURVE]
-    losses = [[{"loss": logged(RUNS / folder(run), "loss", step - 1)} for run in runs] for step in CURVE]
-    return [cell(seeds, "loss", 1000) for seeds in losses]
+    keys = {"tokens": ("response_tokens", 1), "accuracy %": ("accuracy_dual", 100)}
+    key, scale = keys.get(what, ("loss before", 1000))
+    runs = [course(run) for run in three_seeds(SWEEP[int(M)])]
+    return [cell([run.loc[step] for run in runs], key, scale) for step in CURVE[1:]]
 
 
 def warning(title):
     """Where a run would end that asks the loss before each refresh, and no answers."""
     M, seed = map(int, re.findall(r"\d+", title))
-    run, steps = SWEEP[M][seed], range(M, 301, M)
-    losses = [logged(RUNS / folder(run), "loss", step - 1) for step in steps]
-    lowest = accumulate(losses, min)
-    warned = next((step for step, loss, low in zip(steps, losses, lowest) if loss > 2 * low), None)
+    run = course(three_seeds(SWEEP[M])[seed])
+    losses = run["loss before"].loc[M::M]  # steps M, 2 M, and so on
+    warned = next(iter(losses.index[losses > 2 * losses.cummin()]), None)
     kept = (warned - M) // 50 * 50 if warned else 300
-    (here,), (end,) = results(RUNS, [run if kept else "base"], kept), results(RUNS, [run], 300)
-    figures = here["response_tokens"], 100 * here["accuracy_dual"], 100 * end["accuracy_dual"]
+    figures = run.response_tokens[kept], 100 * run.accuracy_dual[kept], 100 * run.accuracy_dual[300]
     return [str(warned or "never"), str(kept), *(f"{x:.1f}" for x in figures)]
 
 
 def kinds(response):
     """(kind, KL) of each token: whether it opens a line, and of which kind, or stands within one."""
-    text, at = "".join(piece for piece, _ in response), 0
+    rest, opens = "".join(piece for piece, _ in response), True
     for piece, kl in response:
-        begin = text.rfind("\n", 0, at) + 1  # of its line
-        line = next((line for line, openings in LINES.items() if text.startswith(openings, begin)), None)
-        if line and at == begin:
-            yield f"opens {line}", kl
-        else:
-            yield f"within {line}" if line in ("a re-check", "a worked step") else "all others", kl
-        at += len(piece)
+        if opens:
+            line = next((line for line, openings in LINES.items() if rest.startswith(openings)), None)
+        kind = f"opens {line}" if opens else f"within {line}"
+        yield kind if line and (opens or line in ("a re-check", "a worked step")) else "all others", kl
+        rest, opens = rest[len(piece) :], piece.endswith("\n")
 
 
-@cache
-def kinds_at(step):
-    """Where the KL of the base model or of the main run's model lands."""
-    out = RUNS / folder("opsdc" if step else "base", step, "signal")
-    responses = token_kls(out, AutoTokenizer.from_pretrained("toy"))
-    return shares(token for response in responses for token in kinds(response))
-
-
-def signal(kind):
-    if kind not in kinds_at(0):
-        raise SystemExit(f"toy/findings.md: there are no tokens of the kind {kind!r}")
-    found = [kinds_at(step).get(kind, (0, 0, 0, 0)) for step in (0, *CURVE)]
-    return [f"{found[0][1]:.1f}", *(f"{of_kl:.1f} ({kl:.4f})" for *_, of_kl, kl in found)]
+def signal():
+    """-> for each kind of token its cells: where the KL lands of the base model, and of the main run's."""
+    outs = {step: RUNS / folder("opsdc" if step else "base", step, "signal") for step in CURVE}
+    found = {step: shares(token_kls(out, "toy", kinds)) for step, out in outs.items()}
+    cells = {}
+    for kind, x in pandas.concat(found, axis=1).fillna(0).iterrows():  # some kinds die out
+        of_kl = (f"{x[step, 'nats %']:.1f} ({x[step, 'kl']:.4f})" for step in found)
+        cells[kind] = [f"{x[0, 'times %']:.1f}", *of_kl]
+    return cells
 
 
 def draw_sweep():
     """Over the steps, with a band from the lowest to the highest of three seeds."""
     figure, panels = plt.subplots(2, 2, figsize=(12, 6), sharex=True, layout="constrained")
-    for color, (M, runs) in zip(("C3", "C0", "C2"), SWEEP.items()):
+    for color, M in zip(("C3", "C0", "C2"), SWEEP):
+        runs = [course(run) for run in three_seeds(SWEEP[M])]
         for panel, key in zip(panels.flat, ("response_tokens", "accuracy_dual", "entropy", "loss")):
-            if key in ("entropy", "loss"):
-                steps = range(10, 301, 10)
-                points = [[logged(RUNS / folder(run), key, step) for run in runs] for step in steps]
-            else:
-                steps = [0, *CURVE]
-                found = [results(RUNS, runs if step else ["base"], step) for step in steps]
-                points = [[x[key] for x in some] for some in found]
-            panel.plot(steps, list(map(fmean, points)), color=color, label=f"M = {M}")
-            panel.fill_between(steps, *(list(map(f, points)) for f in (min, max)), color=color, alpha=0.2)
+            seeds = pandas.DataFrame([run[key][::10] for run in runs]).dropna(axis=1)  # every tenth step
+            panel.plot(seeds.mean(), color=color, label=f"M = {M}")
+            panel.fill_between(seeds.columns, seeds.min(), seeds.max(), color=color, alpha=0.2)
             panel.set_ylabel(key.replace("_dual", "").replace("_", " "))
             panel.set(yscale="log") if key == "loss" else panel.set(ylim=0)
     panels[0, 0].legend()
-    for panel in panels[1]:
-        panel.set_xlabel("step")
+    plt.setp(panels[1], xlabel="step")
     figure.savefig("toy/findings.png", dpi=90)
 
 
@@ -288,6 +261,6 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         raise SystemExit(__doc__)
     in_parallel(do, dict.fromkeys(LONG + listed("toy/findings.md")[2]))  # each once, the longest first
-    main_results = [partial(main_result, sampling) for sampling in SAMPLINGS]
-    renew("toy/findings.md", *main_results, variant, sweep, warning, signal)
+    tables = partial(result, "paper"), partial(result, "training"), partial(result, "training", in_full=True)
+    renew("toy/findings.md", *tables, sweep, warning, signal().__getitem__)
     draw_sweep()
