@@ -33,11 +33,13 @@ def patch(name):
     if name in ("larger", "other_teacher"):
         call("toy/make.py --width 192", MODELS["larger"], "model.safetensors")
     if name not in MODELS and not code.exists():
-        with TemporaryDirectory() as work:  # with a repository around it, git would skip these files
+        with TemporaryDirectory() as work:
             for file in ("opsdc.py", "eval.py"):
                 shutil.copy(file, work)
-            if name != "opsdc" and subprocess.call(["git", "apply", ROOT / f"forks/{name}.patch"], cwd=work):
-                raise SystemExit(f"forks/{name}.patch does not apply, or is not there")
+            if name != "opsdc":
+                subprocess.call(["git", "apply", ROOT / f"forks/{name}.patch"], cwd=work)
+                if Path(work, "opsdc.py").read_bytes() == Path("opsdc.py").read_bytes():
+                    raise SystemExit(f"forks/{name}.patch does not apply, or is not there")
             shutil.copytree(work, code)
 
 
