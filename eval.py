@@ -393,7 +393,7 @@ def report(samples, baseline):
     """-> {data set: summary, with one for each level and subject under "by"}."""
     results = {}
     for name, part in pandas.DataFrame(samples).groupby("data", sort=False):
-        part = part.dropna(axis="columns", how="all")  # groups of other data sets
+        part = part.dropna(axis="columns", how="all")  # level or subject, where only other data sets have it
         by = {group: part.groupby(group) for group in GROUPS if group in part}
         results[name] = summarize(part)
         results[name]["by"] = {group: {v: summarize(x) for v, x in some} for group, some in by.items()}
@@ -417,7 +417,7 @@ def table(results):
                 span = f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else ""
                 row[f"{head} (95 % CI)"] = f"{value:.1f}{span}"
         rows.append(row.values())
-    lines = [row, ["---"] + ["---:"] * (len(row) - 1), *rows]
+    lines = [list(row), ["---"] + ["---:"] * (len(row) - 1), *rows]  # a row's keys are the heads
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -468,7 +468,7 @@ def load_baseline(cfg, questions):
             fail(f"--baseline {cfg.baseline} was run with {', '.join(other)}")
         if other := [name for name in questions if theirs["questions"].get(name) != questions[name]]:
             fail(f"--baseline {cfg.baseline} has other {other[0]} problems (--limit?)")
-        return theirs["results"]
+        return {name: theirs["results"][name] for name in questions}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({one_line(error)})")
 

@@ -42,6 +42,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -65,8 +66,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from_torchrun = (os.environ.get(*x) for x in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-RANK, WORLD, LOCAL_RANK = (int(x) if x.isdigit() else -1 for x in from_torchrun)  # parse_args refuses -1
+alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # without torchrun; parse_args refuses -1
+RANK, WORLD, LOCAL_RANK = (int(x) if x.isdigit() else -1 for x in map(os.environ.get, alone, alone.values()))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", max(LOCAL_RANK, 0)) if CUDA else torch.device("cpu")
 COMPUTE_DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -125,7 +126,7 @@ def student_messages(row):
     if column is None:
         raise ValueError(f"has no column prompt, problem or question (found: {', '.join(map(str, row))})")
     messages = row[column]
-    if isinstance(messages, str) and not re.match(r"\s*\[\W*\{\W*(role|content)\b", messages):  # a list
+    if isinstance(messages, str) and not re.match(r"\s*\[\W*\{\W*(role|content)\b", messages):  # else a list
         messages = [{"role": "user", "content": messages}]
     try:
         if messages[-1]["role"] != "user" or not all(message["content"].strip() for message in messages):
@@ -166,17 +167,17 @@ def divergence(log_q, log_p, kind):
     return (divergence(log_q, log_m, "reverse_kl") + divergence(log_p, log_m, "reverse_kl")) / 2
 
 
-CHUNK_LOGITS = 2**25 if CUDA else 2**23  # at a time; up to 32 MiB (2**23), glibc reuses memory
+CHUNK_LOGITS = 2**25 if CUDA else 2**23  # at a time; on a CPU 32 MiB, the most that glibc reuses
 
 
 @torch.no_grad()
 def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head, weight, cfg):
-    """Of sum_n weight_n * divergence_n -> divergence [N], the student's entropy [N], and the sum's gradient
-    with respect to the student's hidden states [N, H] and LM head [V, H].
+    """For the loss sum_n weight_n * divergence_n -> each divergence [N], the student's entropy [N], and the
+    loss's gradient with respect to the student's hidden states [N, H] and LM head [V, H].
 
     At Qwen3's 151,936 words the fp32 logits of one 8,192-token response are 5 GB, several times over. So the
-    LM heads are applied to a chunk of tokens at a time, and its gradient is taken on the spot: nothing is
-    kept and no matmul is done twice. bf16 logits would hide the small differences late training is about."""
+    LM heads are applied to a chunk of tokens at a time, and the chunk's gradient is taken on the spot: no
+    logits are kept, no matmul is done twice. bf16 logits would hide late training's small differences."""
     hidden, head = student_hidden.float(), student_head.float()
     teacher_hidden, teacher_head = teacher_hidden.float(), teacher_head.float()
     losses, entropies = torch.empty_like(weight), torch.empty_like(weight)
@@ -210,14 +211,14 @@ def response_states(model, prompts, responses):
 
 def accumulate_gradient(student, teacher, batch, responses, cfg):
     """Backward through this process's share of the batch -> for each response its divergence [T] and the
-    student's entropy [T]. FSDP averages gradients over processes: with equal shares, the batch's mean."""
+    student's entropy [T]. FSDP averages over processes, whose shares are equal: the batch's mean."""
     scores = {}
     by_length = sorted(range(len(batch)), key=lambda i: len(responses[i]))  # alike in length: little padding
     for at in range(0, len(batch), cfg.micro_batch_size):
         rows = by_length[at : at + cfg.micro_batch_size]
         x, xc = zip(*(batch[i] for i in rows))
         y = [responses[i] for i in rows]
-        T = [len(t) for t in y]
+        T = list(map(len, y))
         hidden, head = response_states(student, x, y)  # [5]
         with torch.no_grad():
             teacher_hidden, teacher_head = response_states(teacher, xc, y)  # [6]
@@ -225,7 +226,7 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
         loss, entropy, grad_hidden, head.grad = loss_and_gradient(
             hidden, head, teacher_hidden, teacher_head, weight, cfg
         )
-        teacher.reshard()  # FSDP leaves this to a backward pass, which the teacher never has
+        teacher.reshard()  # FSDP would in a backward pass, which the teacher never has
         hidden.backward(grad_hidden)  # through the rest of the student; FSDP reduces head.grad with it
         scores |= zip(rows, zip(loss.split(T), entropy.split(T)))
     return zip(*(scores[i] for i in range(len(batch))))
@@ -303,7 +304,7 @@ def train(cfg):
     dist.destroy_process_group()
 
 
-# --------------------------------------------------------------- plumbing: skip what follows on first reading
+# ------------------------------------------------------------- plumbing: skip what follows on a first reading
 CONTINUE = "The same command with --resume continues after the last checkpoint."
 OUT_OF_MEMORY = "out of memory|ALLOC_FAILED"  # torch has a type for it; NCCL, cuBLAS and the driver say so
 
@@ -317,7 +318,7 @@ def start_processes():
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new length: 43 ms a token (8B)
     group = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if WORLD == 1 else {}
     group |= {"device_id": DEVICE} if CUDA else {}
-    # They wait for the longest rollout of all. When one fails, torchrun ends the others.
+    # Processes wait for the longest rollout of all. When one fails, torchrun ends the others.
     dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(hours=24), **group)
     say(f"running on {WORLD} x {DEVICE.type}")
 
@@ -331,8 +332,9 @@ def note_signals():
         times.append(time.time())
         if times[-1] > times[0] + 1:
             os._exit(128 + number)
-        if len(times) == 1:
-            say("stopping after this step; a second signal stops at once, and saves nothing")
+        if RANK == 0 and len(times) == 1:
+            with suppress(OSError):  # past Python's buffers, which the signal may have found in use
+                os.write(2, b"stopping after this step; a second signal stops at once, and saves nothing\n")
 
     for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's choice
@@ -341,23 +343,23 @@ def note_signals():
 
 
 def say(message):
-    """Print on the first process. No closed pipe, and no signal that comes while printing, ends a run."""
+    """Print on the first process. A closed pipe or terminal does not end a run."""
     if RANK == 0:
         try:
             print(message, flush=True)
-        except (OSError, RuntimeError):
+        except OSError:
             sys.stdout = open(os.devnull, "w")
 
 
 def fail(message, code=2):
-    """End with one line and an exit code: 2 for wrong input, which one process reports, 1 for the rest."""
+    """End with one line and a code: 2 for wrong input, told once for all processes, 1 for a later fault."""
     if code == 1 or LOCAL_RANK <= 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def one_line(error):
-    """What an error says, or the first of those that a checkpoint's processes had."""
+    """An error's message as one line; of a failed checkpoint, the first process's."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -369,7 +371,7 @@ COPIED_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.jinja", "genera
 
 def inspect_model(name):
     """-> tokenizer, stop tokens, context length, digest of the model's files, or of its commit on the hub.
-    What can be wrong with --model shows here, before its weights load."""
+    Most of what can be wrong with --model shows here, before its weights load."""
     local, wanted = Path(name).is_dir(), ("config.json", *COPIED_FILES)
     try:
         folder = Path(name if local else snapshot_download(name, allow_patterns=wanted))
@@ -379,8 +381,8 @@ def inspect_model(name):
         if (folder / "generation_config.json").exists():
             generation = GenerationConfig.from_pretrained(folder)
         # Fine-tunes may end a turn with a token of the tokenizer's that the model's list does not have.
-        ends = numpy.atleast_1d(generation.eos_token_id).tolist()
-        stop_tokens = sorted({*ends, tokenizer.eos_token_id} - {None})
+        ends = generation.eos_token_id  # one, a list, or None
+        stop_tokens = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         text_config = config.get_text_config()
         context = int(getattr(text_config, "max_position_embeddings", None) or 2**62)
         files = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) if local else ())]
@@ -389,16 +391,16 @@ def inspect_model(name):
         place = "" if local else "there is no such folder, and from the hub: "
         fail(f"--model {name}: {place}{one_line(error)}")
     spelled = text_config.to_json_string()
-    if '"longrope"' in spelled:  # past this length it rotates all positions otherwise: no text may cross it
+    if '"longrope"' in spelled:  # past this length all positions are rotated differently: none may cross it
         context = min(map(int, re.findall(r'"original_max_position_embeddings": (\d+)', spelled)))
     template = tokenizer(str(tokenizer.chat_template))["input_ids"]
-    words, last = text_config.vocab_size, max([tokenizer.vocab_size - 1, *template, *stop_tokens])
+    size, largest = text_config.vocab_size, max([tokenizer.vocab_size - 1, *template, *stop_tokens])
     for wrong, what in (
         (local and len(files) == 1, "the folder has no *.safetensors"),
         (getattr(config, "quantization_config", None), "its weights are quantized: take the full model"),
         (not template, "its tokenizer knows no words: are its files there?"),
         (not tokenizer.chat_template, "its tokenizer has no chat template: take a chat model"),
-        (last >= words, f"its tokenizer has a token {last}, its vocabulary {words} tokens"),
+        (largest >= size, f"its tokenizer has a token {largest}, its vocabulary {size} tokens"),
         (not stop_tokens, "neither its generation config nor its tokenizer has a token that ends a response"),
     ):
         if wrong:
@@ -407,16 +409,16 @@ def inspect_model(name):
 
 
 def sampling_settings(stop_tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
-    """Every knob of sampling; temperature 0 is greedy. What is not stated, generate() takes from the
-    checkpoint (Qwen3's says temperature 0.6, top-p 0.95, top-k 20), then from the library (top-k 50)."""
+    """-> a GenerationConfig that states every knob; temperature 0 is greedy. generate() would fill gaps from
+    the checkpoint (Qwen3's: temperature 0.6, top-p 0.95, top-k 20), then from the library (top-k 50)."""
     knobs = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
     ends = {"eos_token_id": stop_tokens, "pad_token_id": stop_tokens[0], "max_new_tokens": max_new_tokens}
     return GenerationConfig(do_sample=temperature > 0, **knobs, **ends)
 
 
 def load_model(name, dtype):
-    """An ordinary transformers model in host memory, without pickles or code from the hub; "auto" is its own
-    dtype. Weights that its files lack are refused, since transformers makes them up."""
+    """An ordinary transformers model in host memory, without pickles or code from the hub; "auto" is the
+    files' dtype. Weights that its files lack are refused, since transformers makes them up."""
     flags = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, ignore_mismatched_sizes=True, **flags)
@@ -450,8 +452,8 @@ def shard(model):
 
 @torch.no_grad()
 def misreading(model, part=None, scored=False):
-    """-> how a text is misread, or "". Padded on the left, through a cache and in parts of `part` tokens,
-    generate() must come to the logits of one plain pass; if scored, these are hidden states times LM head."""
+    """-> why a model cannot be used, or "". Padded on the left, through a cache and in parts of `part` tokens
+    (None: as a whole), generate() must come to a plain pass's logits. `scored`: and what training needs."""
     text = torch.arange(3, 11, device=model.device)[None]
     padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (text, torch.ones_like(text)))
     told = {"do_sample": False, "prefill_chunk_size": part, "pad_token_id": 0, "max_new_tokens": 2}
@@ -462,12 +464,12 @@ def misreading(model, part=None, scored=False):
         return f"generate() fails: {one_line(error)}"
     text = read.sequences[:, 3:-1]
     plain = model(text).logits  # [1, S, V]
-    if scored and not hasattr(model.base_model, "layers"):
-        return "its decoder layers are elsewhere than in .layers"
     if scored:
+        if not hasattr(model.base_model, "layers"):
+            return "its decoder layers are elsewhere than in .layers"
         hidden, head = model.base_model(text).last_hidden_state, model.get_output_embeddings().weight
         ours = torch.nn.functional.linear(hidden.to(head), head)
-        if not (plain.to(head) - ours).norm() < 1e-3 * ours.norm():  # NaN is not
+        if not (plain.to(head) - ours).norm() < 1e-3 * ours.norm():  # so that NaN fails
             return "its logits are more than hidden states times LM head (a bias, a scale, a softcap, NaN?)"
         if model.config.tie_word_embeddings and head is not model.get_input_embeddings().weight:
             return 'its LM head is not its embedding: set "tie_word_embeddings": false in its config.json'
@@ -477,8 +479,8 @@ def misreading(model, part=None, scored=False):
 
 @torch.no_grad()
 def unsharded(model, dtype):
-    """An ordinary transformers model with all weights of a sharded one, as `dtype`; all processes call it
-    together. With FSDP each token would gather all weights anew. Give it no name, and it goes after use."""
+    """An ordinary transformers model with a sharded one's weights in `dtype`; all processes call it together.
+    Under FSDP each token would gather all weights and wait for all. Give it no name and it goes after use."""
     torch.cuda.empty_cache()  # FSDP's streams keep up to 16 GB (14B, 8 GPUs) out of reach
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
@@ -494,7 +496,7 @@ def unsharded(model, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------- data
-# What chat templates print for today: the same prompts every day.
+# Today's date, for chat templates that print it: always this one, so that prompts stay the same.
 transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 1))
 REFUSALS = TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
@@ -536,7 +538,7 @@ def prompt_ids(tokenizer, messages):
     for message in messages:  # of an assistant's, templates rightly drop the thinking
         if message["role"] != "assistant" and message["content"].strip() not in text:
             raise ValueError(f"its {message['role']} message is cut or changed by the model's chat template")
-    text.encode()  # half a character raises a ValueError
+    text.encode()  # a lone surrogate, half a character, raises a ValueError
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -550,8 +552,8 @@ def option_texts(row):
 
 
 def load_rows(data, split=None, configuration=None):
-    """The rows of a file, saved dataset or hub name; no split named: of test, or of the only one. Files are
-    read here: load_dataset gives old rows where the time has not changed, and turns 0.00001 into 1e-05."""
+    """The rows of a file, saved dataset or hub name; by default of test, or of a folder's only split. Read
+    here, since load_dataset gives old rows where the time has not changed, and turns 0.00001 into 1e-05."""
     path, kind = Path(data), Path(data).suffix.lower()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it finds wrong is told once, by us
     datasets.disable_progress_bars()
@@ -598,19 +600,19 @@ def draw_batch(prompts, step, cfg):
 
 # ----------------------------------------------------------------------------------------- folder, checkpoint
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")  # no step knows
+MAY_CHANGE = ("out", "resume", "steps", "save_every", "log_rollouts", "micro_batch_size")  # steps ignore them
 
 
 def open_run(out, settings, code=__file__):
-    """Lock the folder `out` until this process ends, and write config.json. Refused, so that nothing is
-    overwritten: other files, a run still going on, a second beginning, and to resume with other settings."""
+    """Lock the folder `out` until this process ends, and write config.json. Nothing is overwritten:
+    refused are other files, a run still going on, beginning twice, and resuming with other settings."""
     if RANK > 0:
         return
     out, resume = Path(out), settings.get("resume", True)  # eval.py always resumes
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     versions |= {Path(file).name: digest(Path(file).read_bytes()) for file in (__file__, code)}
     versions["python"] = sys.version.split()[0]
-    before = config = settings | {"versions": versions, "command": shlex.join(sys.argv)}
+    before = config = settings | {"versions": versions, "command": shlex.join(sys.argv)}  # as if resumed
     try:
         if out.is_dir() and set(os.listdir(out)) - {".lock", "config.json.partial"}:
             before = json.loads((out / "config.json").read_text())
@@ -623,7 +625,7 @@ def open_run(out, settings, code=__file__):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: a kill, too, releases it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        begun = any(any(out.glob(pattern)) for pattern in (*LOGS, "step_*", "checkpoint/step_*"))
+        begun = any(any(out.glob(x)) for x in (*LOGS, "step_*/*.safetensors", "checkpoint/step_*"))
         if begun and not resume:
             fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
         if begun and not (out / "checkpoint").is_dir():
@@ -632,7 +634,7 @@ def open_run(out, settings, code=__file__):
         if done and settings["steps"] < max(done):
             fail(f"--steps {settings['steps']}: the run in {out} is at step {max(done)} already")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
     except BlockingIOError:
         fail(f"--out {out}: another process is writing there")
@@ -657,7 +659,7 @@ def save_checkpoint(cfg, step, state):
     loaded. The folder takes its name once it is complete: a kill leaves the old one or the new one."""
     path = Path(cfg.out, "checkpoint", f"step_{step}")
     partial = path.with_name(f"{path.name}.partial")
-    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # host memory holds one at a time
+    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # 64 a file: host memory holds one file
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), files, save_distributed=True))
     if RANK == 0:
         partial.rename(path)
@@ -670,15 +672,15 @@ def load_checkpoint(cfg, state):
     out = Path(cfg.out)
     if not (out / "config.json").exists():  # the first process wrote it before they met
         fail(f"--out {out} is not seen by this machine: take a folder that all of them share", 1)
-    done = [int(path.name[5:]) for path in out.glob("checkpoint/step_*[0-9]")]
-    step = max(done, default=0) if cfg.resume else 0
+    done = out.glob("checkpoint/step_*[0-9]") if cfg.resume else ()
+    step = max((int(path.name[5:]) for path in done), default=0)
     path = out / "checkpoint" / f"step_{step}"
     try:
         if step:
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:  # around whatever went wrong
         fail(f"--resume: {path} is damaged ({one_line(error)}): choose another --out", 1)
-    say(f"{'continuing' if step else 'beginning'} with step {step + 1}")
+    say(f"continuing after step {step}" if step else "beginning with step 1")
     if RANK == 0:
         path.parent.mkdir(exist_ok=True)  # from the first moment on: without it, --resume is refused
         for partial in [*out.glob("step_*.partial"), *out.glob("checkpoint/step_*.partial")]:
@@ -704,7 +706,7 @@ def export(cfg, step, student, tokenizer):
             config = came
         config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}  # the newer and the older name
         replace_file(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in partial.glob("*.safetensors"):  # written for its owner alone
+        for file in partial.glob("*.safetensors"):  # which save_pretrained lets its owner alone read
             shutil.copymode(partial / "config.json", file)
         partial.rename(path)
         say(f"the model is in {path}")
@@ -713,7 +715,7 @@ def export(cfg, step, student, tokenizer):
 # ------------------------------------------------------------------------------------------- logs, JSON files
 def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
     """Log a step and print a line; all processes call it together. `rows`: ((x, xc), y, KL [T], entropy [T])
-    of each of its own rollouts; `figures`: what else is logged; `left`: seconds to go."""
+    of each rollout of this process; `figures`: what else is logged (the first process's); `left`: seconds."""
     records, everyone = [], [None] * WORLD
     for (x, xc), y, kl, entropy in rows:
         ids = {"student_prompt": x, "teacher_prompt": xc, "response": y}
@@ -738,7 +740,8 @@ def log_step(cfg, step, tokenizer, stop_tokens, rows, figures, left):
     for name, lines in zip(LOGS, ([metrics], records[: cfg.log_rollouts])):
         with Path(cfg.out, name).open("a") as file:
             for line in lines:  # NaN and infinity, which JSON does not know, become null
-                print(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)), file=file)
+                line = json.loads(json.dumps(line), parse_constant=lambda _: None)
+                print(json.dumps(line), file=file)
     for what in ("student_prompt", "teacher_prompt", "response") if step == 1 else ():
         say(f"--- {what} ---\n{records[0][what]}")
     line = "step {step:4d}/{steps}  loss {loss:.4f}  tokens {response_tokens:.1f}  truncated {truncated:.1%}"
@@ -768,7 +771,7 @@ def digest(value):
 
 
 # ------------------------------------------------------------------------------------------------------ entry
-RULES = (  # what a setting must be, here and in eval.py; a default is not asked
+RULES = (  # what a setting must be, here and in eval.py; defaults are not checked
     ("above 0", lambda x: 0 < x < math.inf,
      "steps batch_size micro_batch_size max_prompt_tokens max_response_tokens save_every n lr grad_clip"),
     ("0 or more", lambda x: 0 <= x < math.inf,
@@ -798,7 +801,7 @@ def parse_args(config_class, description, argv=None):
         fail(f"process {LOCAL_RANK} finds no GPU of its own: lower --nproc_per_node", 1)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 does not end a run
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # of weights that do not fit we tell in a line
+    transformers.utils.logging.set_verbosity_error()  # load_model tells which weights do not fit
     return cfg
 
 
