@@ -412,18 +412,19 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--data", HERE / "smollm2" / "train.jsonl"), "row 1: has no answer (found: prompt, topic)"),
     (("--model", HERE / ".ci"), "Unrecognized model"),
     (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
-    (("--baseline", "LIST"), "is not a results.json of eval.py"),
+    (("--baseline", HERE / "toy" / "test.jsonl"), "is not a results.json of eval.py"),
+    (("--baseline", "LESS"), "is not a results.json of eval.py"),
     (("--baseline", "OTHER"), "problems (--limit?)"),
     (("--baseline", "WARM"), "was run with --temperature 1.5, --top_k 5"),
     (("--out", TOY), "holds files, but no good config.json of such a run"),
 ))  # fmt: skip
 def test_wrong_input_to_eval(flags, message, evaluated, tmp_path):
     results = json.loads((evaluated[0] / "results.json").read_text())
-    asked = dict.fromkeys(results["questions"], "another")
-    (tmp_path / "OTHER").write_text(json.dumps(results | {"questions": asked}))
-    (tmp_path / "WARM").write_text(json.dumps(results | {"temperature": 1.5, "top_k": 5}))
-    (tmp_path / "LIST").write_text("[1]")
-    flags = [str(tmp_path / flag if flag in ("OTHER", "WARM", "LIST") else flag) for flag in flags]
+    baselines = {"WARM": {"temperature": 1.5, "top_k": 5}, "LESS": {"results": {}}}
+    baselines["OTHER"] = {"questions": dict.fromkeys(results["questions"], "another")}
+    for name, change in baselines.items():
+        (tmp_path / name).write_text(json.dumps(results | change))
+    flags = [str(tmp_path / flag if flag in baselines else flag) for flag in flags]
     flags = ("--model", TOY, *EVAL, "--out", tmp_path / "run", *flags)
     assert message in refusal(evaluation.main, *flags)
     assert not (tmp_path / "run").exists()

@@ -1019,6 +1019,25 @@ def test_what_ends_a_run_and_what_does_not(fault, code, messages, tmp_path):
     assert all(message in printed for message in messages) and "Traceback" not in printed
 
 
+def test_a_signal_in_the_middle_of_a_line_silences_nothing(monkeypatch, capfd):
+    handlers, printed = {}, []
+
+    class Terminal(io.RawIOBase):
+        writable = lambda self: True  # noqa: E731
+
+        def write(self, data):
+            if not printed:
+                handlers[signal.SIGTERM](signal.SIGTERM, None)
+            printed.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(signal, "signal", handlers.setdefault)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Terminal())))
+    opsdc.note_signals()
+    opsdc.say("one"), opsdc.say("two")
+    assert printed == [b"one\n", b"two\n"] and "stopping after this step" in capfd.readouterr().err
+
+
 def test_one_process_fails_and_all_stop(launched):
     printed = ended(launched[1]["crash"], code=1)
     assert "a cosmic ray" in printed
