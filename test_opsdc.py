@@ -1002,8 +1002,7 @@ def test_a_bad_step_is_skipped_on_all_processes(processes, tmp_path):
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [False, True, False]
     assert metrics[1]["grad_norm"] is None and "update skipped" in printed
-    files = (tmp_path / "run" / f"step_{i}" / "model.safetensors" for i in (1, 2, 3))
-    one, two, three = (file.read_bytes() for file in files)
+    one, two, three = (x.read_bytes() for x in sorted((tmp_path / "run").glob("step_*/model.safetensors")))
     assert one == two != three
 
 
@@ -1022,17 +1021,15 @@ def test_what_ends_a_run_and_what_does_not(fault, code, messages, tmp_path):
 def test_a_signal_in_the_middle_of_a_line_silences_nothing(monkeypatch, capfd):
     handlers, printed = {}, []
 
-    class Terminal(io.RawIOBase):
-        writable = lambda self: True  # noqa: E731
+    def write(_, data):
+        if not printed:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        printed.append(bytes(data))
+        return len(data)
 
-        def write(self, data):
-            if not printed:
-                handlers[signal.SIGTERM](signal.SIGTERM, None)
-            printed.append(bytes(data))
-            return len(data)
-
+    terminal = type("Terminal", (io.RawIOBase,), {"write": write, "writable": lambda _: True})()
     monkeypatch.setattr(signal, "signal", handlers.setdefault)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Terminal())))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(terminal)))
     opsdc.note_signals()
     opsdc.say("one"), opsdc.say("two")
     assert printed == [b"one\n", b"two\n"] and "stopping after this step" in capfd.readouterr().err
