@@ -630,9 +630,6 @@ def open_run(out, settings, code=__file__):
             fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
         if begun and not (out / "checkpoint").is_dir():
             fail(f"--resume: the folder {out}/checkpoint is gone: choose another --out to start anew")
-        done = [int(path.name[5:]) for path in out.glob("checkpoint/step_*[0-9]")]
-        if done and settings["steps"] < max(done):
-            fail(f"--steps {settings['steps']}: the run in {out} is at step {max(done)} already")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
