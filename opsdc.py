@@ -132,7 +132,7 @@ def student_messages(row):
         if messages[-1]["role"] != "user" or not all(message["content"].strip() for message in messages):
             raise ValueError
     except (TypeError, LookupError, AttributeError, ValueError):
-        raise ValueError(f"{column} must be text, or a list (no text) of messages that ends with the user's")
+        raise ValueError(f"{column} must be text or messages (a list, not text), the last of them the user's")
     text = messages[-1]["content"]
     if options := option_texts(row):
         listed = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]

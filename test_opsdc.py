@@ -1107,12 +1107,12 @@ def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
     ("x.json", "[1, 2]", "x.json: its rows must be objects"),
     ("x.parquet", "no parquet", "x.parquet: Parquet magic bytes not found"),
     ("x.csv", "text,id\nx,1\n", "row 1: has no column prompt, problem or question (found: text, id)"),
-    ("x.jsonl", '{"prompt": "x"}\n{"prompt": " "}', "row 2: prompt must be text, or a list (no text) of"),
+    ("x.jsonl", '{"prompt": "x"}\n{"prompt": " "}', "row 2: prompt must be text or messages (a list"),
     ("x.jsonl", json.dumps({"prompt": opsdc.STEP_BY_STEP}), "row 1: the teacher's prompt is the student's"),
     ("x.jsonl", '\ufeff{"prompt": "x x x"}\n{"prompt": null, "problem": "y"}', "no prompt of 2 fits"),
     ("x.csv", "\ufeffprompt,problem\nx x x,\n,y\n", "no prompt of 2 fits"),
     ("x.csv", "problem,answer\nWhat is 1,000 + 2?,1002\n", "a row has too many fields"),
-    ("x.csv", 'prompt\n"[{""role"": ""user""}]"\n', "row 1: prompt must be text, or a list (no text) of"),
+    ("x.csv", 'prompt\n"[{""role"": ""user""}]"\n', "row 1: prompt must be text or messages (a list"),
 ))  # fmt: skip
 def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
     if content:
