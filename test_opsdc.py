@@ -1244,7 +1244,6 @@ def test_two_runs_at_once_in_one_folder(tmp_path):
     error = refusal(opsdc.main, *STEADY, "--steps", 1000, "--out", out, "--resume")
     assert first.processes[0].is_alive() and error == f"--out {out}: another process is writing there"
     first.kill()
-    shutil.rmtree(out)
 
 
 if __name__ == "__main__":
