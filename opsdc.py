@@ -630,6 +630,8 @@ def open_run(out, settings, code=__file__):
             fail(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
         if begun and not (out / "checkpoint").is_dir():
             fail(f"--resume: the folder {out}/checkpoint is gone: choose another --out to start anew")
+        if begun and settings["steps"] < (done := last_checkpoint(out)):
+            fail(f"--steps {settings['steps']}: the run in {out} is at step {done} already")
         replace_file(out / "config.json", json.dumps(config, indent=2) + "\n")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"--out {out} holds files, but no good config.json of such a run: choose another folder")
@@ -669,8 +671,7 @@ def load_checkpoint(cfg, state):
     out = Path(cfg.out)
     if not (out / "config.json").exists():  # the first process wrote it before they met
         fail(f"--out {out} is not seen by this machine: take a folder that all of them share", 1)
-    done = out.glob("checkpoint/step_*[0-9]") if cfg.resume else ()
-    step = max((int(path.name[5:]) for path in done), default=0)
+    step = last_checkpoint(out) if cfg.resume else 0
     path = out / "checkpoint" / f"step_{step}"
     try:
         if step:
@@ -685,6 +686,10 @@ def load_checkpoint(cfg, state):
         for log in (out / log for log in LOGS if (out / log).exists()):
             replace_file(log, "".join(json.dumps(x) + "\n" for x in read_lines(log) if x["step"] <= step))
     return step
+
+
+def last_checkpoint(out):
+    return max([int(path.name[5:]) for path in out.glob("checkpoint/step_*[0-9]")], default=0)
 
 
 def export(cfg, step, student, tokenizer):

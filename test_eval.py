@@ -412,7 +412,7 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
     (("--data", HERE / "smollm2" / "train.jsonl"), "row 1: has no answer (found: prompt, topic)"),
     (("--model", HERE / ".ci"), "Unrecognized model"),
     (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
-    (("--baseline", HERE / "toy" / "test.jsonl"), "is not a results.json of eval.py"),
+    (("--baseline", "LIST"), "is not a results.json of eval.py"),
     (("--baseline", "LESS"), "is not a results.json of eval.py"),
     (("--baseline", "OTHER"), "problems (--limit?)"),
     (("--baseline", "WARM"), "was run with --temperature 1.5, --top_k 5"),
@@ -420,10 +420,11 @@ def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
 ))  # fmt: skip
 def test_wrong_input_to_eval(flags, message, evaluated, tmp_path):
     results = json.loads((evaluated[0] / "results.json").read_text())
-    baselines = {"WARM": {"temperature": 1.5, "top_k": 5}, "LESS": {"results": {}}}
-    baselines["OTHER"] = {"questions": dict.fromkeys(results["questions"], "another")}
-    for name, change in baselines.items():
-        (tmp_path / name).write_text(json.dumps(results | change))
+    baselines = {"LIST": [1], "LESS": results | {"results": {}}}
+    baselines["WARM"] = results | {"temperature": 1.5, "top_k": 5}
+    baselines["OTHER"] = results | {"questions": dict.fromkeys(results["questions"], "another")}
+    for name, content in baselines.items():
+        (tmp_path / name).write_text(json.dumps(content))
     flags = [str(tmp_path / flag if flag in baselines else flag) for flag in flags]
     flags = ("--model", TOY, *EVAL, "--out", tmp_path / "run", *flags)
     assert message in refusal(evaluation.main, *flags)

@@ -1187,6 +1187,7 @@ SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/
     (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds", 2),
     (None, "--resume --lr 1 --seed 5", "other settings (lr was 0.0003, is 1.0; seed was 0, is 5)", 2),
     (("checkpoint", shutil.rmtree), "--resume", "--resume: the folder OUT/checkpoint is gone", 2),
+    (None, "--resume --steps 1", "--steps 1: the run in OUT is at step 2 already", 2),
     (("config.json", lambda file: os.truncate(file, 50)), "--resume", "no good config.json of such a run", 2),
     (("config.json", os.remove), "--resume", "no good config.json of such a run", 2),
     ((SHARD, lambda file: os.truncate(file, 1000)), "--resume", DAMAGED, 1),
