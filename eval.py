@@ -1,4 +1,4 @@
-r"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
+"""Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
 
     OMP_NUM_THREADS=1 python eval.py --model toy --data toy/test.jsonl --batch_size 200
     torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 \
@@ -33,12 +33,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import opsdc
-from opsdc import RANK, WORLD, digest, fail, one_line, say
+from opsdc import NO_BAR, RANK, WORLD, digest, fail, say
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Config:
     data: str = HfArg(
         default="math500", help="math500, aime24, aime25, gpqa, mmlu, file or hub name[:split], by commas"
     )
-    n: int = HfArg(default=8, help="samples per problem (paper: 8); torchrun wants -- before eval.py for it")
-    temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy, with --n 1")
+    samples_per_problem: int = HfArg(default=8, help="n of mean@n (paper: 8)")
+    temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy")
     top_p: float = HfArg(default=0.95, help="nucleus sampling (paper: 0.95); 1 is off")
     top_k: int = HfArg(default=20, help="top-k sampling (paper: 20); 0 is off")
     max_response_tokens: int = HfArg(default=30000, help="a response cut off here is wrong (paper: 30000)")
@@ -204,42 +205,42 @@ GROUPS = ("level", "subject")  # reported on their own, where the data has them
 
 
 class Problem(NamedTuple):
-    data: str  # the name it goes by in --data
-    number: int  # its row there
-    question: str  # digest of what is asked, before instruction and chat template
+    question: list  # what is asked, as chat messages, before any instruction
     prompt: list  # token ids [P]
-    thinking: bool  # whether the prompt itself opens the thinking, as some chat templates do
     gold: str
     groups: dict  # its level and subject
 
 
 def load_problems(cfg, tokenizer, context):
-    instruction = opsdc.INSTRUCTIONS.get(cfg.instruction, cfg.instruction)
-    # A comma separates two data sets, unless the whole is a path.
-    names = [cfg.data] if Path(cfg.data).exists() else [name.strip() for name in cfg.data.split(",")]
-    paths = [Path(name).resolve() for name in names]
-    if len(set(paths)) < len(paths) or Path("").resolve() in paths:
-        fail(f"--data {cfg.data} names a data set twice, or none")
-    problems, place = [], ""
-    try:
-        for name in names:
-            place = name
-            source, configuration = BENCHMARKS.get(name, (name, None))
-            source, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    """Returns a list of problems for each data set of --data, by the name that it has there."""
+    names = [name.strip() for name in cfg.data.split(",")]
+    if Path(cfg.data).exists():  # its name may hold a comma
+        names = [cfg.data]
+    if len(set(names)) < len(names):
+        fail(f"--data {cfg.data} names a data set twice")
+    problems, number = {}, 0
+    for name in names:
+        source, configuration = BENCHMARKS.get(name, (name, None))
+        split = ""
+        if not Path(source).exists():
+            source, _, split = source.partition(":")
+        problems[name] = []
+        try:
             rows = opsdc.load_rows(source, split, configuration)
-            for number, row in enumerate(itertools.islice(rows, cfg.limit or None)):
-                place = f"{name}, row {number + 1}"
+            for number, row in enumerate(itertools.islice(rows, cfg.limit or None), 1):
                 row, gold = with_gold(row)
-                question = opsdc.student_messages(row)
-                asked = opsdc.teacher_messages(row, instruction) if instruction else question
-                prompt = opsdc.prompt_ids(tokenizer, asked)
+                question = messages = opsdc.student_messages(row)
+                if cfg.instruction:
+                    messages = opsdc.teacher_messages(row, cfg.instruction)
+                prompt = opsdc.prompt_ids(tokenizer, messages)
                 if len(prompt) >= context:
                     raise ValueError(f"has {len(prompt)} tokens and fills the model's context of {context}")
-                thinking = tokenizer.decode(prompt).rstrip().endswith("<think>")
                 groups = {key: str(row[key]) for key in GROUPS if key in row}
-                problems.append(Problem(name, number, digest(question), prompt, thinking, gold, groups))
-    except ValueError as error:
-        fail(f"--data {place}: {error}")
+                problems[name].append(Problem(question, prompt, gold, groups))
+        except (OSError, ValueError) as error:
+            fail(f"--data {name}, after row {len(problems[name])}: {error!r}")
+        if not problems[name]:
+            fail(f"--data {name} has no rows")
     return problems
 
 
@@ -248,48 +249,58 @@ def with_gold(row):
     a label, a letter or one of the texts. Raises ValueError for anything else."""
     row = {key: value for key, value in row.items() if value is not None}
     if "Correct Answer" in row:  # gpqa lists the right one first: shuffled, the same way every time
-        options = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))]
+        options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         order = random.Random(row["Question"]).sample(range(4), 4)
         row = {"question": row["Question"], "choices": [options[i] for i in order], "answer": order.index(0)}
     answer = row.get("answer", row.get("answerKey", ""))
-    if answer == "" and isinstance(row.get("reward_model"), dict):  # the form of the training set
+    if answer == "" and "reward_model" in row:  # the form of the training set
         answer = row["reward_model"].get("ground_truth", "")
-    if answer in ("", None) or answer != answer or isinstance(answer, bool | list | dict):
-        raise ValueError(f"has no answer (found: {', '.join(map(str, row))})")
-    options = opsdc.option_texts(row)
+    if answer == "" or isinstance(answer, bool | list | dict):
+        raise ValueError(f"no answer, but {', '.join(row)}")
+    options, labels = row.get("choices") or row.get("options"), []
     if not options:
         gold = str(answer).rpartition("####")[2].strip()  # GSM8K's solutions end so
         if not 0 < len(gold) <= LONGEST_ANSWER:
-            raise ValueError(f"its answer is {len(gold)} characters long; give the final answer alone")
+            raise ValueError(f"an answer of {len(gold)} characters: give the final answer alone")
         return row, gold
-    listed = row.get("choices") or row.get("options")
-    labels = listed.get("label") or [] if isinstance(listed, dict) else []
+    if isinstance(options, dict):
+        options, labels = options["text"], options.get("label", [])
+    if not 1 < len(options) < 27:
+        raise ValueError(f"{len(options)} options instead of 2 to 26")
     letters = string.ascii_uppercase[: len(options)]
-    for names in (labels, range(len(options))) if isinstance(answer, int) else (labels, letters, options):
-        names = [str(name) for name in names]
+    ways = [labels, letters, options]  # of naming an option
+    if isinstance(answer, int):
+        ways = [labels, range(len(options))]
+    for names in ways:
+        names = list(map(str, names))
         if str(answer) in names:
             return row, letters[names.index(str(answer))]
-    raise ValueError(f"its answer {answer!r} is none of its {len(options)} options")
+    raise ValueError(f"the answer {answer!r} is none of {len(options)} options")
 
 
 # --------------------------------------------------------------------------------------------------- sampling
 def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
-    """A response to each prompt -> lists of token ids. With its prompt it has at most limits[i] tokens.
+    """A response to each prompt, as lists of token ids. With its prompt it has at most limits[i] tokens.
 
     One call of rollout() would compute every row until the longest response ends. In legs, responses that
     are done leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV
     cache of `rows` texts of full length holds.
     """
-    texts, waiting, full, leg = list(prompts), list(range(len(prompts))), max(limits), 0
+    texts, waiting, leg = list(prompts), list(range(len(prompts))), 0
+    room = rows * max(limits)  # tokens in the KV cache
     while waiting:
         waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
         # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
         # longest that is 9 tokens read for each one written (reading is some hundred times as fast), and a
-        # sixteenth of a response written in vain. ends[k]: where the leg ends that writes k + 1 texts.
-        ends = [min(len(texts[i]) + max(64, len(texts[i]) // 8), full) for i in waiting]
-        fitting = sum(k * end <= rows * full for k, end in enumerate(ends, 1))
-        writing, waiting = waiting[:fitting], waiting[fitting:]
-        sampling.max_new_tokens = ends[fitting - 1] - len(texts[writing[-1]])
+        # sixteenth of a response written in vain.
+        count = end = 0
+        for i in waiting:
+            longer = min(len(texts[i]) + max(64, len(texts[i]) // 8), max(limits))
+            if (count + 1) * longer > room:
+                break
+            count, end = count + 1, longer
+        writing, waiting = waiting[:count], waiting[count:]
+        sampling.max_new_tokens = end - len(texts[writing[-1]])
         written = opsdc.rollout(model, [texts[i] for i in writing], sampling, (*seed, leg))
         for i, new in zip(writing, written):
             texts[i] = (texts[i] + new)[: limits[i]]
@@ -299,64 +310,68 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
 
 
-def sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part):
-    """Generate, grade and append to the file `part`, unit by unit.
-
-    A unit is a 32nd of a data set, but at least 4 and at most 128 times --batch_size responses. Which ones it
-    holds and its seed do not depend on the number of processes, so neither do the results. A kill loses the
-    unit that each process is at.
-    """
+def split_work(cfg, problems):
+    """Returns units of (data set, problem, sample): each a 32nd of a data set, but at least 4 and at most 128
+    times --batch_size. They do not depend on the number of processes, so neither do the results."""
     units = []
-    for _, some in itertools.groupby(problems, lambda problem: problem.data):
-        wanted = [(problem, i) for problem in some for i in range(cfg.n)]
+    for name in problems:
+        numbers = itertools.product(range(len(problems[name])), range(cfg.samples_per_problem))
+        wanted = [(name, problem, i) for problem, i in numbers]
         size = min(max(len(wanted) // 32, 4 * cfg.batch_size), 128 * cfg.batch_size)
-        units += [wanted[at : at + size] for at in range(0, len(wanted), size)]
-    missing = [any((x.data, x.number, i) not in finished for x, i in unit) for unit in units]
-    todo = [(number, unit) for number, unit in enumerate(units) if missing[number]]
+        for first in range(0, len(wanted), size):
+            units.append(wanted[first : first + size])
+    return units
+
+
+def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
+    """Write the responses of this process's units, graded: a file for each. A kill loses the unit that each
+    process is at."""
     knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
     sampling = opsdc.sampling_settings(stop_tokens, *knobs)
-    if wrong := opsdc.misreading(model):
-        fail(f"--model {cfg.model} cannot be used, {wrong}")
-    if not opsdc.misreading(model, part=4):  # the attention mask of a whole read grows with its square
+    if not opsdc.reads_alike(model):
+        fail(f"--model {cfg.model}: its logits change where a text is padded or read with a cache")
+    if reads_in_parts(model):  # the attention mask of a whole read grows with its square
         sampling.prefill_chunk_size = 1024
     rows = cfg.batch_size
-    for number, unit in tqdm(todo[RANK::WORLD], unit="unit", disable=RANK > 0):
-        prompts = [problem.prompt for problem, _ in unit]
+    for number in tqdm(range(RANK, len(units), WORLD), unit="unit", disable=NO_BAR):
+        file = out / f"samples.{number}.jsonl"
+        if file.exists():
+            continue
+        chosen = [problems[name][problem] for name, problem, _ in units[number]]
+        prompts = [problem.prompt for problem in chosen]
         limits = [min(len(prompt) + cfg.max_response_tokens, context) for prompt in prompts]
         responses = None
         while responses is None:
             try:
                 responses = rollout_in_legs(model, prompts, limits, sampling, (cfg.seed, number), rows)
-            except RuntimeError as error:
-                if rows == 1 or not re.search(opsdc.OUT_OF_MEMORY, str(error)):
+            except torch.OutOfMemoryError:
+                if rows == 1:
                     raise
                 rows //= 2
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
-        with part.open("a", encoding="utf-8") as file:
-            for (problem, i), ids in zip(unit, responses):
-                truncated = ids[-1] not in stop_tokens
-                text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
-                verdicts = grade("<think>" * problem.thinking + text, problem.gold, truncated)
-                record = {"data": problem.data, "problem": problem.number, "sample": i, **problem.groups}
-                record |= {"gold": problem.gold, "response": text, "response_tokens": len(ids)}
-                file.write(json.dumps(record | {"truncated": truncated} | verdicts) + "\n")
+        records = []
+        for (name, problem, i), x, ids in zip(units[number], chosen, responses):
+            truncated = ids[-1] not in stop_tokens
+            text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
+            opened = "<think>" * tokenizer.decode(x.prompt).rstrip().endswith("<think>")
+            record = {"data": name, "problem": problem, "sample": i, **x.groups, "gold": x.gold}
+            record |= {"response": text, "response_tokens": len(ids), "truncated": truncated}
+            records.append(json.dumps(record | grade(opened + text, x.gold, truncated)) + "\n")
+        opsdc.replace_file(file, "".join(records))
 
 
-def collect(out):
-    """Put all samples on disk into samples.jsonl, in order -> the records; on the first process only."""
-    found = {}
-    for file in sorted(out.glob("samples*.jsonl")):
-        found |= {(x["data"], x["problem"], x["sample"]): x for x in opsdc.read_lines(file)}
-    records = [found[key] for key in sorted(found)]
-    opsdc.replace_file(out / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for file in out.glob("samples.*.jsonl"):
-        file.unlink()
-    return records
+def reads_in_parts(model):
+    try:
+        return opsdc.reads_alike(model, part=4)
+    except (RuntimeError, ValueError, AttributeError):  # its cache does not know how
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------- report
-MEASURES = {"dual": "accuracy_dual", "answer": "accuracy_answer", "boxed": "accuracy_boxed"}
-MEASURES |= {"response_tokens": "response_tokens"}  # columns of a sample, and what the report calls them
+MEASURES = {  # columns of a sample, and what the report calls them
+    "dual": "accuracy_dual", "answer": "accuracy_answer", "boxed": "accuracy_boxed",
+    "response_tokens": "response_tokens",
+}  # fmt: skip
 
 
 def mean_and_se(name, by_problem):
@@ -381,7 +396,7 @@ def summarize(frame):
 def compare(ours, baseline):
     """Token reduction and accuracy change against another run on the same problems, paired, with standard
     errors. reduction = 1 - r, r a ratio of means; its error by linearization: that of ours - r * theirs."""
-    mine, theirs = (pandas.DataFrame(run["per_problem"]) for run in (ours, baseline))
+    mine, theirs = pandas.DataFrame(ours["per_problem"]), pandas.DataFrame(baseline["per_problem"])
     tokens, before = mine["response_tokens"], theirs["response_tokens"]
     r = tokens.mean() / before.mean()
     reduction = 1 - r - (tokens - r * before) / before.mean()  # one a problem; their mean is 1 - r
@@ -390,13 +405,15 @@ def compare(ours, baseline):
 
 
 def report(samples, baseline):
-    """-> {data set: summary, with one for each level and subject under "by"}."""
+    """Returns {data set: summary, with one for each level and subject under "by"}, in the order of --data."""
     results = {}
     for name, part in pandas.DataFrame(samples).groupby("data", sort=False):
         part = part.dropna(axis="columns", how="all")  # level or subject, where only other data sets have it
-        by = {group: part.groupby(group) for group in GROUPS if group in part}
-        results[name] = summarize(part)
-        results[name]["by"] = {group: {v: summarize(x) for v, x in some} for group, some in by.items()}
+        results[name] = summarize(part) | {"by": {}}
+        for group in GROUPS:
+            if group in part:
+                values = part.groupby(group)
+                results[name]["by"][group] = {value: summarize(some) for value, some in values}
         if baseline:
             results[name]["versus_baseline"] = compare(results[name], baseline[name])
     return results
@@ -404,54 +421,62 @@ def report(samples, baseline):
 
 def table(results):
     """Markdown, to be pasted as it stands."""
-    rows, heads = [], ("accuracy %", "by `Answer:`", "by boxed", "response tokens")
+    heads = ["data", "problems x samples", "accuracy %", "by `Answer:`", "by boxed", "response tokens"]
+    heads += ["median", "truncated %"]
+    rows = []
     for name, x in results.items():
-        row = {"data": name, "problems x samples": f"{x['problems']} x {x['samples'] / x['problems']:.0f}"}
-        for key, head in zip(MEASURES.values(), heads):
-            scale, se = 1 if key == "response_tokens" else 100, x[f"{key}_se"]
-            row[head] = f"{scale * x[key]:.1f}" + (f" ± {scale * se:.1f}" if se is not None else "")
-        row |= {"median": f"{x['response_tokens_median']:.0f}", "truncated %": f"{100 * x['truncated']:.1f}"}
-        if versus := x.get("versus_baseline"):
-            for key, head in ("reduction", "fewer tokens %"), ("accuracy_change", "accuracy change"):
-                value, se = 100 * versus[key], versus[f"{key}_se"]
-                span = f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})" if se is not None else ""
-                row[f"{head} (95 % CI)"] = f"{value:.1f}{span}"
-        rows.append(row.values())
-    lines = [list(row), ["---"] + ["---:"] * (len(row) - 1), *rows]  # a row's keys are the heads
+        row = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
+        for measure in MEASURES.values():
+            scale = 1 if measure == "response_tokens" else 100
+            cell = f"{scale * x[measure]:.1f}"
+            if x[f"{measure}_se"] is not None:
+                cell += f" ± {scale * x[f'{measure}_se']:.1f}"
+            row.append(cell)
+        row += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
+        versus = x.get("versus_baseline", {})
+        for measure in ("reduction", "accuracy_change")[: len(versus)]:
+            value, se = 100 * versus[measure], versus[f"{measure}_se"]
+            cell = f"{value:.1f}"
+            if se is not None and se > 1e-9:  # else all differences are equal
+                cell += f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})"
+            row.append(cell)
+        rows.append(row)
+    if versus:
+        heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 # -------------------------------------------------------------------------------------- the run, its settings
 def evaluate(cfg):
-    tokenizer, stop_tokens, context, version = opsdc.inspect_model(cfg.model)
+    tokenizer, stop_tokens, context, model_files = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    by_data = itertools.groupby(problems, lambda problem: problem.data)
-    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in by_data}
+    questions, short = {}, 0
+    for name in problems:
+        questions[name] = digest([(x.question, x.gold) for x in problems[name]])
+        short += sum(len(x.prompt) + cfg.max_response_tokens > context for x in problems[name])
     baseline = load_baseline(cfg, questions) if cfg.baseline else {}
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
-    settings |= {"model_files": version, "questions": questions, "data_rows": digest(problems)}
+    settings |= {"model_files": model_files, "questions": questions, "prompts": digest(problems)}
     out = Path(cfg.out or f"runs/eval/{digest(settings)}-{Path(cfg.model).name}")
-    opsdc.open_run(out, settings, __file__)
+    opsdc.open_run(out, settings, True, __file__)
     opsdc.start_processes()
+    if short:
+        say(f"{short} problems have room for fewer than {cfg.max_response_tokens} tokens in the context")
 
-    if RANK == 0:
-        collect(out)
-    dist.barrier()  # all read the same list before one writes: by it they share out what is left
-    finished = {(x["data"], x["problem"], x["sample"]) for x in opsdc.read_lines(out / "samples.jsonl")}
-    if finished:
-        say(f"reusing {len(finished)} samples of {out}")
-    if short := sum(len(problem.prompt) + cfg.max_response_tokens > context for problem in problems):
-        room = f"room for fewer than {cfg.max_response_tokens} tokens: the model's context is {context}"
-        say(f"{short} of {len(problems)} problems have {room}")
-    dist.barrier()
-    if len(finished) < len(problems) * cfg.n:
+    units, whole = split_work(cfg, problems), out / "samples.jsonl"
+    if not whole.exists():
         model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
-        part = out / f"samples.{RANK}.jsonl"
-        sample(cfg, problems, finished, model, tokenizer, stop_tokens, context, part)
+        sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out)
     dist.barrier()
     if RANK == 0:
-        results = report(collect(out), baseline)
+        parts = [out / f"samples.{number}.jsonl" for number in range(len(units))]
+        if not whole.exists():
+            opsdc.replace_file(whole, "".join(part.read_text(encoding="utf-8") for part in parts))
+        for part in parts:
+            part.unlink(missing_ok=True)
+        results = report(opsdc.read_lines(whole), baseline)
         written = json.loads((out / "config.json").read_text()) | {"results": results}
         opsdc.replace_file(out / "results.json", json.dumps(written, indent=2) + "\n")
         say(table(results))
@@ -460,33 +485,26 @@ def evaluate(cfg):
 
 
 def load_baseline(cfg, questions):
-    """-> its results by data set, once it is sure that they answer the same questions, sampled alike."""
-    try:
-        theirs = json.loads(Path(cfg.baseline).read_text())
-        alike = ("temperature", "top_p", "top_k", "max_response_tokens")
-        if other := [f"--{name} {theirs[name]}" for name in alike if theirs[name] != getattr(cfg, name)]:
-            fail(f"--baseline {cfg.baseline} was run with {', '.join(other)}")
-        if other := [name for name in questions if theirs["questions"].get(name) != questions[name]]:
-            fail(f"--baseline {cfg.baseline} has other {other[0]} problems (--limit?)")
-        return {name: theirs["results"][name] for name in questions}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py ({one_line(error)})")
+    """Returns its results by data set. They must answer the same questions, sampled alike."""
+    theirs = json.loads(Path(cfg.baseline).read_text())
+    if "results" not in theirs:
+        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py")
+    for name in ("temperature", "top_p", "top_k", "max_response_tokens"):
+        if theirs[name] != getattr(cfg, name):
+            fail(f"--baseline {cfg.baseline} was run with --{name} {theirs[name]}")
+    for name in questions:
+        if name not in theirs["questions"]:
+            fail(f"--baseline {cfg.baseline} lacks {name}; it has {', '.join(theirs['questions'])}")
+        if theirs["questions"][name] != questions[name]:
+            fail(f"--baseline {cfg.baseline} has other problems of {name} (--limit?)")
+    return theirs["results"]
 
 
 def main():
-    cfg = opsdc.parse_args(Config, "Accuracy and average response tokens.")
-    if cfg.temperature == 0 and cfg.n > 1:
-        fail(f"--temperature 0 gives the same response {cfg.n} times: add --n 1")
-    try:
-        evaluate(cfg)
-    except RuntimeError as error:
-        if not re.search(opsdc.OUT_OF_MEMORY, str(error)):
-            raise
-        fail(f"out of GPU memory at one response at a time ({one_line(error)}): use a larger GPU", code=1)
-    except OSError as error:
-        fail(f"{one_line(error)}; once that is mended, the same command continues", code=1)
-    except KeyboardInterrupt:
-        fail("interrupted: the same command continues", code=130)
+    cfg = opsdc.parse_args(Config, "samples_per_problem max_response_tokens batch_size top_p")
+    if cfg.temperature == 0 and cfg.samples_per_problem > 1:
+        fail("--temperature 0 gives the same response each time: add --samples_per_problem 1")
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Tests of opsdc.py on a CPU, without network.
+"""What opsdc.py promises: first the method, then what a run does, then what is refused.
 
     python -m pytest -q
 
-Importing torch and transformers takes Python six seconds. So most runs are forked from one process that has
-done it (`Forked`), and only a few start Python anew (`launch`). Run as a script, this file is a process of
-one of those.
+All on a CPU, without network. Below the banner stands how models are made, processes started and faults
+injected.
 """
 
 import gc
@@ -16,7 +15,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -29,7 +27,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import datasets
@@ -49,254 +46,6 @@ import opsdc  # noqa: E402
 HERE = Path(__file__).resolve().parent
 TOY = str(HERE / "toy")
 README = (HERE / "README.md").read_text()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group(request):
-    ours = [test for test in request.session.items if test.module is request.module]
-    if any("launched" in test.fixturenames for test in ours):
-        request.getfixturevalue("launched")  # early, to go on beside the other tests
-    opsdc.start_processes()
-    yield
-    torch.distributed.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
-SIZE = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, hidden_size=32)
-SIZE |= dict(intermediate_size=48, vocab_size=61, max_position_embeddings=256, initializer_range=0.4)
-SIZE |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False)
-
-
-def tiny(seed=0, name="Qwen3", **more):
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SIZE | more)).eval()
-
-
-def two(seeds=(0, 1), checkpointing=False, **more):
-    """A student and a teacher, with FSDP; if asked for, their layers are checkpointed as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opsdc, "CUDA", checkpointing)
-        return [opsdc.shard(tiny(seed, **more)) for seed in seeds]
-
-
-def ragged_batch():
-    """Four prompts, the teacher's of other lengths, and responses from one token up, not in order."""
-    source = random.Random(0)
-    prompts, responses = ((3, 9), (7, 8), (1, 20), (5, 5)), (1, 13, 29, 6)
-    ids = lambda n: [source.randrange(2, 61) for _ in range(n)]  # noqa: E731
-    return [[ids(p), ids(q)] for p, q in prompts], [ids(t) for t in responses]
-
-
-def plain_logits(model, prompt, response, temperature=1.0):
-    """The logits that predict a response's tokens, by a forward pass over this sequence alone -> [T, V]."""
-    return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-
-
-def plain_scores(student, teacher, prompt, response, temperature=1.0):
-    """KL(q_t || p_t) and entropy of q_t, of one sequence, in float64 by torch.distributions -> [T], [T]."""
-    q, p = (
-        Categorical(logits=plain_logits(model, ids, response, temperature).double())
-        for model, ids in zip((student, teacher), prompt)
-    )
-    return kl_divergence(q, Categorical(logits=p.logits.detach())), q.entropy()
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def checkpoint(out, step):
-    """All tensors of a checkpoint by name, put together from the rows that each process saved."""
-    rows = {}
-    for file in sorted(Path(out, "checkpoint", f"step_{step}").glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            rows.setdefault(name, []).append(tensor)
-    return {name: parts[0] if parts[0].ndim == 0 else torch.cat(parts) for name, parts in rows.items()}
-
-
-def copy_of_toy(folder):
-    """The toy's folder, less what is no part of a model."""
-    return shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.png", "*.py", "*.md", "*.jsonl"))
-
-
-# ---------------------------------------------------------------------------------------------- running it
-def command(*flags, launcher="", script="opsdc.py"):
-    """A command line as a user gives it; of torchrun, where `launcher` says how many are to be started."""
-    torchrun = ["-m", "torch.distributed.run", *launcher.split(), "--"] if launcher else []
-    return [sys.executable, *torchrun, str(HERE / script), *map(str, flags)]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def launch(line, **env):
-    streams = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen(line, cwd=HERE, env=os.environ | env, **streams)
-
-
-def ended(process, code=0):
-    """Wait for it -> what it printed."""
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == code, printed
-    return printed
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "transformers.models.qwen3.modeling_qwen3"])
-
-
-class Forked:
-    """opsdc.py with these flags, started now in processes of its own."""
-
-    def __init__(self, *flags, processes=1, **env):
-        self.output = tempfile.NamedTemporaryFile("r")
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if processes > 1 else {}
-        self.processes = []
-        for rank in map(str, range(processes)):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-            args = list(map(str, flags)), place | env, self.output.name
-            self.processes.append(FORKS.Process(target=child, args=args, daemon=True))
-            self.processes[-1].start()
-
-    def end(self, code=0):
-        """Wait for all processes -> what they printed."""
-        for process in self.processes:
-            process.join(timeout=120)
-        with self.output:  # closed here: a process forked later must not remove the file in our place
-            printed = self.output.read()
-        assert {process.exitcode for process in self.processes} == {code}, printed
-        return printed
-
-    def kill(self, after=0):
-        time.sleep(after)
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.output.close()
-
-
-def child(flags, env=None, output=None):
-    """What a process of a test does: train, with a fault or without."""
-    if output:
-        os.environ.update(env)
-        file = os.open(output, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
-        importlib.reload(opsdc)  # it looks at the environment
-        for name in SIGNALS:  # under nohup it would have been born deaf to some
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    if flags[0] == "--fault":
-        inject(flags[1])
-        flags = flags[2:]
-    sys.argv = [opsdc.__file__, *flags]
-    opsdc.main()
-
-
-OUT_OF_MEMORY = (  # as torch's allocator, NCCL, the driver and cuBLAS say it
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    torch.distributed.DistBackendError("NCCL error, unhandled cuda error\nCuda failure 2 'out of memory'"),
-    torch.AcceleratorError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-)
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
-
-
-def inject(fault):
-    """Let something go wrong in the last process, just before a function is called in one of its steps."""
-    if opsdc.RANK < opsdc.WORLD - 1:
-        return
-
-    def kill(*names):
-        for name in names:
-            signal.raise_signal(getattr(signal, name))  # in this very thread, so at once
-
-    def later():
-        opsdc.time = SimpleNamespace(time=lambda: time.time() + 2)
-
-    def no_room(size):  # files can grow so far and no farther
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    train, to_nan = (opsdc, "accumulate_gradient"), lambda *args: args[4].mul_(math.nan)  # the weights
-    owner, name, steps, act = {
-        "crash": (*train, [2], Mock(side_effect=RuntimeError("a cosmic ray"))),
-        "out of memory": (*train, [2], Mock(side_effect=OUT_OF_MEMORY[1])),
-        "nan": (opsdc, "loss_and_gradient", [2], to_nan),
-        "nan on": (opsdc, "loss_and_gradient", range(2, 9), to_nan),
-        **{name: (*train, [3], lambda *_: kill(fault, fault)) for name in SIGNALS},  # as launchers echo it
-        "a second signal": (*train, [3], lambda *_: (kill("SIGINT"), later(), kill("SIGTERM"))),
-        "an ignored signal": (*train, [1], lambda *_: kill("SIGHUP")),
-        "killed in a step": (*train, [2], lambda *_: kill("SIGKILL")),
-        "killed while saving": (Path, "rename", [2], lambda *_: kill("SIGKILL")),
-        "killed before the export": (opsdc, "export", [2], lambda *_: kill("SIGKILL")),
-        "disk full at the checkpoint": (opsdc, "save_checkpoint", [2], lambda *_: no_room(1_000_000)),
-        "disk full at the export": (opsdc, "export", [2], lambda *_: no_room(600_000)),
-    }[fault]
-    if fault == "an ignored signal":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    original, drawn = getattr(owner, name), Mock(wraps=opsdc.draw_batch)
-
-    def faulty(*args, **kwargs):
-        if drawn.call_count in steps:
-            act(*args)
-        return original(*args, **kwargs)
-
-    opsdc.draw_batch = drawn
-    setattr(owner, name, faulty)
-
-
-TOY_RUN = ("--model", TOY, "--data", f"{TOY}/train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
-SHORT_RUN = ("--model", TOY, "--data", f"{TOY}/test.jsonl", "--lr", 3e-4, "--max_response_tokens", 40)
-SHORT_RUN += ("--batch_size", 4, "--micro_batch_size", 2)
-STEADY = (*SHORT_RUN, "--refresh_every", 3, "--save_every", 2, "--log_rollouts", 4, "--steps", 4)
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Runs that start Python as a user does, all at once, while other tests go on: sixteen steps of the
-    README's toy command, a run whose output nobody reads, and under torchrun two machines and, on a terminal
-    that is not UTF-8, a crash."""
-    out = tmp_path_factory.mktemp("launched")
-    toy = (*TOY_RUN, "--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out / "toy")
-    meet = f"--nnodes=2 --local-addr=127.0.0.1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}"
-    agent = command(*STEADY, "--out", out / "machines", launcher=meet)
-    crash = ("--fault", "crash", *SHORT_RUN, "--instruction", "Sé breve.", "--out", out / "crash")
-    crash = command(*crash, launcher="--standalone --nproc_per_node=2", script="test_opsdc.py")
-    processes = {
-        "toy": launch(command(*toy)), "machine 1": launch(agent), "machine 2": launch(agent),
-        "crash": launch(crash, PYTHONIOENCODING="ascii"),
-        "unread": launch(command(*SHORT_RUN, "--steps", 2, "--out", out / "unread")),
-    }  # fmt: skip
-    processes["unread"].stdout.close()
-    yield out, processes
-    for process in processes.values():
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """STEADY stopped after two steps, and all of it."""
-    half, steady = (tmp_path_factory.mktemp("runs") / name for name in ("half", "steady"))
-    for process in [Forked(*STEADY, "--out", half, "--steps", 2), Forked(*STEADY, "--out", steady)]:
-        process.end()
-    return half, steady
-
-
-def failure(call, *args, code=2):
-    """The error line with which this call must end the process, with this code."""
-    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
-        call(*args)
-    error = errors.getvalue().partition("error: ")[2]
-    assert end.value.code == code and error.endswith("\n") and error.count("\n") == 1, error
-    return error.strip()
-
-
-def refusal(main, *flags, code=2):
-    """The error line of a command that must end with this code; called in this process, to be quick."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
-        return failure(main, code=code)
 
 
 # ------------------------------------------------------------------------------------------------- divergence
@@ -335,42 +84,31 @@ def test_loss_and_gradient_in_chunks_against_float64_closed_forms(kind, chunk, m
     (weight.double() * exact).sum().backward()
     monkeypatch.setattr(opsdc, "CHUNK_LOGITS", chunk * V)
     cfg = opsdc.Config(temperature=temperature, divergence=kind)
-    loss, entropy, grad_hidden, grad_head = opsdc.loss_and_gradient(
+    figures, grad_hidden, grad_head = opsdc.loss_and_gradient(
         hidden, head, teacher_hidden, teacher_head, weight, cfg
     )
-    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-4, atol=1e-5)
+    kl, entropy = figures["kl"], figures["entropy"]
+    torch.testing.assert_close(kl.double(), exact.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, Categorical(probs=q.detach().float()).entropy(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_hidden.double(), leaves[0].grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(grad_head.double(), leaves[1].grad, rtol=1e-3, atol=1e-5)
-    assert not loss.requires_grad and not entropy.requires_grad  # no graph is kept
+    assert not kl.requires_grad and not entropy.requires_grad  # no graph is kept
 
 
 def test_small_differences_survive_bf16_models():
-    """Two heads whose words differ in bf16's last bit: what is computed in fp32 from bf16 states is the KL,
+    """Two heads that differ in bf16's last bit: what is computed in fp32 from bf16 states is the KL,
     what is left of it in bf16 logits is noise fifty times as large."""
     torch.manual_seed(0)
     hidden, head = torch.randn(64, 128).bfloat16(), (torch.randn(1000, 128) * 5 / 128**0.5).bfloat16()
     other = (head * (1 + 2**-7 * (torch.rand(1000, 128) < 0.05))).bfloat16()
-    loss, _, *grads = opsdc.loss_and_gradient(hidden, head, hidden, other, torch.ones(64), opsdc.Config())
+    figures, *grads = opsdc.loss_and_gradient(hidden, head, hidden, other, torch.ones(64), opsdc.Config())
+    loss = figures["kl"]
     z, teacher = hidden.double() @ head.double().T, hidden.double() @ other.double().T
     exact = closed_form("reverse_kl", z.softmax(-1), teacher.softmax(-1))
     rounded = closed_form("reverse_kl", *(x.bfloat16().double().softmax(-1) for x in (z, teacher)))
     assert 16 < z.abs().max() < 32 and exact.mean() < 1e-4
     assert (loss - exact).abs().max() < 1e-6 and (rounded - exact).abs().max() > 1e-4
     assert loss.dtype == torch.float32 and {x.dtype for x in grads} == {torch.bfloat16}
-
-
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
 
 
 def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
@@ -395,12 +133,12 @@ def test_identity(dropout):
     student, teacher = two((0, 0), checkpointing=True, attention_dropout=dropout)
     batch, responses = ragged_batch()
     same = [[x, x] for x, _ in batch]
-    kl, _ = opsdc.accumulate_gradient(student, teacher, same, responses, opsdc.Config())
+    kl = token_kl(student, teacher, same, responses)
     assert [len(x) for x in kl] == [len(x) for x in responses] and not torch.cat(kl).any()
-    kl, _ = opsdc.accumulate_gradient(student, teacher, batch, responses, opsdc.Config())
+    kl = token_kl(student, teacher, batch, responses)
     assert (torch.cat(kl) > 0).all()  # and not so with another prompt
     student.model.layers[0].self_attn.training = dropout > 0  # with a dropout that acts, if there is any
-    kl, _ = opsdc.accumulate_gradient(student, teacher, same, responses, opsdc.Config())
+    kl = token_kl(student, teacher, same, responses)
     assert torch.cat(kl).any() == (dropout > 0)
 
 
@@ -417,11 +155,12 @@ def test_scores_and_gradient_are_those_of_plain_autograd(tied, temperature):
         sharded, passes = two(checkpointing=checkpointing, tie_word_embeddings=tied), []
         sharded[0].model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
         cfg = opsdc.Config(micro_batch_size=size, temperature=temperature)
-        kl, entropy = opsdc.accumulate_gradient(*sharded, batch, responses, cfg)
+        found = opsdc.accumulate_gradient(*sharded, batch, responses, cfg)
         assert len(passes) == 4 // size * (2 if checkpointing else 1)  # computed once more
         for one, (exact_kl, exact_entropy) in enumerate(scores):
-            torch.testing.assert_close(kl[one].double(), exact_kl.detach(), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(entropy[one].double(), exact_entropy.detach(), rtol=1e-4, atol=1e-5)
+            kl, entropy = found[one]["kl"].double(), found[one]["entropy"].double()
+            torch.testing.assert_close(kl, exact_kl.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(entropy, exact_entropy.detach(), rtol=1e-4, atol=1e-5)
         scale = max(g.abs().max() for g in exact.values())
         for name, p in sharded[0].named_parameters():
             assert (p.grad.full_tensor() - exact[name]).abs().max() < 2e-5 * scale, name
@@ -444,7 +183,7 @@ def test_hooks_do_not_pile_up():
 
 def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
     monkeypatch.setattr(opsdc, "COMPUTE_DTYPE", torch.bfloat16)
-    student, teacher = opsdc.shard(tiny(0).bfloat16()).float(), opsdc.shard(tiny(1).bfloat16())
+    student, teacher = (opsdc.shard(tiny(seed).bfloat16()).float() for seed in (0, 1))
     flat = lambda values: torch.cat([x.full_tensor().flatten() for x in values])  # noqa: E731
     before = flat(student.parameters())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.0)
@@ -461,108 +200,14 @@ def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
     assert (after.bfloat16() != before.bfloat16()).double().mean() < 0.05  # most would stand still
 
 
-# ----------------------------------------------------------------------------------------------------- models
-def spoilt(model, part, value):
-    model.get_parameter(part).data[3] = value
-    return model
-
-
-MINIMAX = dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=4)
-MINIMAX |= dict(attn_implementation="eager")
-MAMBA = dict(state_size=4)
-JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4)
-HEAD, OTHERS, DEAD = "hidden states times LM head", "padded on the left or", "generate() fails: "
-
-
-@pytest.mark.parametrize("make, part, message", (
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=30.0), None, HEAD),  # all logits are near 0
-    (lambda: tiny(0, "Cohere", logit_scale=0.5), None, HEAD),
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None, ""),
-    (lambda: spoilt(tiny(0, "Phi"), "lm_head.bias", 9), None, HEAD),
-    (lambda: spoilt(tiny(), "model.norm.weight", math.nan), None, HEAD),
-    (lambda: tiny(0, "MiniMax", **MINIMAX), None, OTHERS),  # its state takes in the padding
-    (lambda: tiny(0, "Jamba", **JAMBA), 4, OTHERS),  # its state is lost between two parts
-    (lambda: tiny(0, "Jamba", **JAMBA), None, ""),
-    (lambda: tiny(0, "Mamba", **MAMBA), None, ""),
-    (lambda: tiny(0, "Mamba", **MAMBA), 4, DEAD),
-    (lambda: tiny(0, "GPT2"), None, "in .layers"),
-    (lambda: (model := tiny(), setattr(model.config, "tie_word_embeddings", True))[0], None, "LM head is"),
-    (tiny, None, ""), (tiny, 4, ""),
-))  # fmt: skip
-def test_models_that_would_be_read_wrongly_are_refused(make, part, message):
-    """Where one is let through, what it reads padded on the left is right."""
-    model = make()
-    if message and not part:
-        error = failure(opsdc.shard, model)
-        assert error.startswith("--model: ") and message in error
-        return
-    wrong = opsdc.misreading(model, part)
-    assert message in wrong and bool(message) == bool(wrong)
-    if wrong:
-        return
-    greedy, prompts = opsdc.sampling_settings([1], 30, temperature=0), [[*range(3, n)] for n in (20, 7, 40)]
-    greedy.prefill_chunk_size = part
-    for prompt, response in zip(prompts, opsdc.rollout(model, prompts, greedy, 0)):
-        assert response == plain_logits(model, prompt, response).argmax(-1).tolist()
-
-
-MOE = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
-MLA = dict(num_key_value_heads=2, head_dim=8, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8)
-MLA |= dict(qk_nope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1)
-WITH_BUFFERS = {
-    "Qwen3": {}, "Glm4Moe": MOE, "DeepseekV3": MOE | MLA,
-    "MiniMaxM2": dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WITH_BUFFERS)
-def test_a_step_is_saved_exported_and_resumed(name, tmp_path):
-    """For models with buffers, some of which are saved and some are not: what comes out of the exported
-    folder equals what an ordinary model gives with the weights of the checkpoint."""
-    model = tiny(0, name, vocab_size=512, **WITH_BUFFERS[name])
-    biases = [x for key, x in model.named_buffers() if key.endswith("e_score_correction_bias")]
-    for bias in biases:
-        bias.copy_(torch.arange(bias.numel()) - 1.0)
-    folder = copy_of_toy(tmp_path / "model")
-    model.save_pretrained(folder)
-    tokenizer, *_ = opsdc.inspect_model(str(folder))
-    student, teacher = (opsdc.shard(opsdc.load_model(str(folder), "auto")) for _ in range(2))
-    teacher.load_state_dict(student.state_dict())
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    state = opsdc.training_state(student, teacher, optimizer)
-    assert len(state) == 5 * len([*model.parameters()])  # student, teacher, and what AdamW keeps
-    cfg, (batch, responses) = opsdc.Config(out=str(tmp_path), resume=True), ragged_batch()
-    assert "is not seen by this machine" in failure(opsdc.load_checkpoint, cfg, state, code=1)
-    write(tmp_path / "config.json", "")
-    assert opsdc.load_checkpoint(cfg, state) == 0
-    kl, _ = opsdc.accumulate_gradient(student, teacher, batch, responses, cfg)
-    for ours, prompt, response in zip(kl, batch, responses):
-        exact, _ = plain_scores(model, model, prompt, response)
-        torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-3, atol=1e-5)
-    optimizer.step()
-    opsdc.save_checkpoint(cfg, 1, state)
-    opsdc.export(cfg, 1, student, tokenizer)
-    saved = checkpoint(tmp_path, 1)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1", dtype="auto").eval()
-    assert exported.dtype == torch.bfloat16
-    with torch.no_grad():
-        before = model(ids := torch.arange(3, 60)[None]).logits
-        for key, p in model.named_parameters():
-            p.copy_(saved[f"student.{key}"].bfloat16())
-        after = model(ids).logits
-        assert torch.equal(exported.float()(ids).logits, after) and not torch.equal(before, after)
-        for x in state.values():
-            x.zero_()
-    assert opsdc.load_checkpoint(cfg, state) == 1
-    for key, x in state.items():
-        assert torch.equal(x.full_tensor() if hasattr(x, "full_tensor") else x, saved[key]), key
-
-
+# ---------------------------------------------------------------------------------------------------- rollout
 def test_unsharded_is_an_ordinary_model_with_the_same_logits_and_goes_at_once():
     """Its weights are in the dtype asked for, the buffers as they were; none of the checkpoint's habits of
     sampling are left. Nothing holds on to it after a rollout."""
     student, ids = opsdc.shard(steady_sampler()), torch.arange(3, 60)[None]
     plain = opsdc.unsharded(student, torch.float32)
+    weights = opsdc.whole_weights(student, torch.float32)
+    assert all(torch.equal(weights[name], p) for name, p in plain.named_parameters())
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, student(ids).logits)
     assert not any(hasattr(p, "full_tensor") for p in plain.parameters())
@@ -578,37 +223,6 @@ def test_unsharded_is_an_ordinary_model_with_the_same_logits_and_goes_at_once():
         assert not any(one() for one in gone)
     finally:
         gc.enable()
-
-
-def test_weights_that_are_missing_or_do_not_fit(tmp_path, capsys):
-    tiny().save_pretrained(tmp_path)
-    file, seven, load = tmp_path / "model.safetensors", torch.ones(7), (opsdc.load_model, tmp_path, "auto")
-    good = load_file(file)
-    save = lambda weights: save_file(weights, file, {"format": "pt"})  # noqa: E731
-    save({name: x for name, x in good.items() if name != "lm_head.weight"})
-    assert failure(*load).endswith("1 of its weights are missing, such as lm_head.weight")
-    save(good | {"model.norm.weight": seven})
-    assert "mismatched, such as ('model.norm" in failure(*load)
-    save(good | {"visual.weight": seven})
-    opsdc.load_model(tmp_path, "auto")
-    assert "unexpected, such as visual.weight" in capsys.readouterr().out
-    os.truncate(file, 10_000)
-    assert failure(*load).startswith(f"--model {tmp_path} cannot be loaded: ")
-    save(good)
-    write(tmp_path / "config.json", {"attn_implementation": "flash_attention_2"})
-    assert failure(*load).startswith(f"--model {tmp_path} cannot be loaded: ")
-
-
-# ---------------------------------------------------------------------------------------------------- rollout
-def steady_sampler():
-    """A model that gives each of its 61 words much the same probability, whatever came before (all embeddings
-    are alike), no two quite the same; with a checkpoint's sampling habits."""
-    model = tiny()
-    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[5].clone()
-    model.lm_head.weight.data *= 0.05
-    habits = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, suppress_tokens=[7])
-    model.generation_config = GenerationConfig(**habits, eos_token_id=[1, 2])
-    return model
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.5))
@@ -647,7 +261,7 @@ DAPO = (
 @pytest.mark.parametrize("row", (
     {"prompt": [{"role": "user", "content": DAPO}]}, {"prompt": DAPO}, {"problem": DAPO},
     {"problem": "What is {x}?", "answer": "1"}, {"question": "What is {x}?"},
-    {"prompt": None, "problem": "What is {x}?", "choices": None},
+    {"prompt": None, "problem": "What is {x}?", "choices": None}, {"prompt": DAPO, "choices": ["yes", "no"]},
 ))  # fmt: skip
 def test_standard_form(row):
     before = json.dumps(row)
@@ -669,113 +283,57 @@ def test_any_other_prompt():
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     ids = opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": " What is 2 + 3?\n"}))
     assert tokenizer.decode(ids) == "<|im_start|>user\n What is 2 + 3?\n<|im_end|>\n<|im_start|>assistant\n"
-    template = "{{ messages[0].content | trim }} {{ enable_thinking }} {{ strftime_now('%d %b') }}"
-    tokenizer.chat_template = template
-    ids = opsdc.prompt_ids(tokenizer, [{"role": "user", "content": " x "}])
-    assert tokenizer.decode(ids) == "x True 01 Jan"  # and every day the same
+
+
+@pytest.mark.parametrize("template, text", (
+    ("{{ enable_thinking }} {{ messages[0].content | trim }}", "True x"),
+    ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"), ("{{ strftime_now('%B %d, %Y') }}", "January 01, 2026"),
+    ("{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% endif %}", "2026-01-01"),
+    ("\n\n  {%- if messages %}\n{{ strftime_now('%d')|int + 1 }}{% endif %}", "2"),
+    ("\n{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}\nDay: {{ f() }}", "\nDay: 2026"),
+))  # fmt: skip
+def test_chat_templates_see_the_same_day_every_day(template, text):
+    """And they are otherwise rendered as by transformers, with thinking asked for."""
+    tokenizer, messages = AutoTokenizer.from_pretrained(TOY, chat_template=template), [dict(role="user", content=" x ")]
+    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, messages)) == text
+    if "strftime" not in template:
+        plain = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
+        assert plain == text
 
 
 @pytest.mark.parametrize("options", (
     {"choices": ["Rome", "Paris"]}, {"options": ["Rome", "Paris"], "choices": None},
     {"choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]}},
 ))  # fmt: skip
-def test_options_are_asked(options):
+def test_options_are_listed_below_a_problem(options):
     listed = "Capital?\n\nA. Rome\nB. Paris\n\nThe answer is the letter of the right option."
-    asked, same = (opsdc.student_messages({key: "Capital?", **options}) for key in ("prompt", "problem"))
-    assert asked[0]["content"] == listed and same[0]["content"] == opsdc.MATH_PROMPT.format(listed)
-    (told,) = opsdc.teacher_messages({"prompt": "Capital?", **options}, "Be brief.")
-    assert told["content"] == "Be brief.\n\n" + listed
+    (asked,) = opsdc.student_messages({"problem": "Capital?", **options})
+    assert asked["content"] == opsdc.MATH_PROMPT.format(listed)
 
 
-@pytest.mark.parametrize("row", (
-    {"text": "x"}, {"prompt": ""}, {"prompt": []}, {"prompt": None}, {"problem": 3}, {"question": " "},
-    {"prompt": [{"role": "user"}]}, {"prompt": [{"role": "assistant", "content": "x"}]},
-    {"problem": "[ {'role': 'user', 'content': 'x'} ]"}, {"prompt": "x", "choices": {"label": ["A", "B"]}},
-    *({"prompt": "x", "options": options} for options in ("yz", ["y"], ["y"] * 27, [1, 2])),
-))  # fmt: skip
-def test_rows_without_a_prompt(row):
-    with pytest.raises(ValueError, match="2 to 26 texts|must be text|has no column"):
-        opsdc.student_messages(row)
+def test_each_epoch_is_covered_once(monkeypatch):
+    def drawn(steps, batch_size, seed=0):
+        cfg = opsdc.Config(seed=seed, steps=steps, batch_size=batch_size)
+        batches = opsdc.shuffled_batches(list(range(10)), cfg)
+        assert len(batches) == steps
+        return [row for batch in batches for row in batch]
 
-
-@pytest.mark.parametrize("template, message", (
-    ("{{ raise_exception('no system role') }}", "chat template: no system role"),
-    ("{{ messages[0].name.first }}", "refused by the model's chat template"),
-    ("{{ messages[0].content + 1 }}", "refused by the model's chat template"),
-    ("{{ '%(x)s' % {} }}", "refused by the model's chat template: 'x'"),  # KeyError
-    ("{{ 1 // 0 }}", "refused by the model's chat template"),
-    ("{{ messages[0].content[:5] }}", "cut or changed"),
-    ("{{ messages[0].content | upper }}", "cut or changed"),
-    ("Hello.", "cut or changed"),
-    ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "its system message is cut or changed"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refused by the model's chat template"),
-    ("{{ messages[0].content }}{{ messages[1].content }}\ud800", "surrogates not allowed"),
-))  # fmt: skip
-def test_templates_that_fail_or_lose_the_message(template, message):
-    tokenizer = AutoTokenizer.from_pretrained(TOY, chat_template=template)
-    with pytest.raises(ValueError, match=message):
-        opsdc.prompt_ids(tokenizer, [dict(role="system", content="Be."), dict(role="user", content="What?")])
-
-
-def test_data_order_covers_each_epoch_once(monkeypatch):
-    def draw(steps, n=10, seed=0, **size):
-        cfg = opsdc.Config(seed=seed, **size)
-        return [row for step in steps for row in opsdc.draw_batch(list(range(n)), step, cfg)]
-
-    order = draw(range(1, 13), batch_size=5)
+    order = drawn(12, batch_size=5)
     epochs = [order[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
-    assert len({tuple(draw([3], batch_size=5, seed=seed)) for seed in (-2, -1, 0, 1)}) == 4
-    assert draw([1, 2, 3], batch_size=4) == order[:12]
+    assert len({tuple(drawn(3, batch_size=5, seed=seed)) for seed in (-2, -1, 0, 1)}) == 4
+    assert drawn(3, batch_size=4) == order[:12]
     monkeypatch.setattr(opsdc, "WORLD", 2)
     monkeypatch.setattr(opsdc, "RANK", 1)
-    assert draw([1, 2, 3], batch_size=4) == [row for i in (2, 6, 10) for row in order[i : i + 2]]
+    assert drawn(3, batch_size=4) == [row for i in (2, 6, 10) for row in order[i : i + 2]]
 
 
-# ------------------------------------------------------------------------------------------------- data files
-PROBLEMS = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(3)]
-WRITE = {
-    "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
-    "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
-    "csv": lambda path, rows: datasets.Dataset.from_list(rows).to_csv(path),
-    "parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
-    "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path),
-}
-
-
-@pytest.mark.parametrize("kind", WRITE)
-def test_rows_are_those_of_the_file(kind, tmp_path):
-    """Brackets in its path are no pattern, and new rows are seen though the file's time and size stay."""
-    path = tmp_path / "a[1]*" / f"rows.{kind}"
-    path.parent.mkdir()
-    for rows in (PROBLEMS, PROBLEMS[::-1]):
-        WRITE[kind](path, rows)
-        for file in (path, *path.glob("*")):
-            os.utime(file, (1e9, 1e9))
-        assert list(opsdc.load_rows(str(path))) == list(opsdc.load_rows(str(path), "train")) == rows
-
-
-def test_answers_keep_their_digits(tmp_path):
-    digits = ("0.00001", "1.10", "3.0", "12345678901234567890", "0.1234567890123456789")
-    (tmp_path / "x.csv").write_text("".join(f"{x}\n" for x in ("answer", *digits)))
-    (tmp_path / "x.jsonl").write_text("".join(f'{{"answer": {x}}}\r\n' for x in digits))
-    for kind in ("csv", "jsonl"):
-        assert [str(row["answer"]) for row in opsdc.load_rows(str(tmp_path / f"x.{kind}"))] == list(digits)
-
-
-# --------------------------------------------------------------------------------------------------- settings
-def test_defaults_are_the_papers():
-    cfg = opsdc.parse_args(opsdc.Config, "", [])
-    paper = dict(
-        model="Qwen/Qwen3-8B", data="YouJiacheng/DAPO-Math-17k-dedup", split="train", instruction="v1",
-        divergence="reverse_kl", refresh_every=50, steps=100, batch_size=32, max_prompt_tokens=1024,
-        max_response_tokens=8192, temperature=1.0, lr=1e-6, weight_decay=0.01, grad_clip=1.0,
-    )  # fmt: skip
-    assert {name: getattr(cfg, name) for name in paper} == paper
-    ours = {"micro_batch_size", "out", "save_every", "resume", "log_rollouts", "seed"}
-    assert set(vars(cfg)) - set(paper) == ours
-    some = opsdc.parse_args(opsdc.Config, "", ["--batch-size", "8", "--resume", "--out", "~/x", "--data=~y"])
-    assert some == opsdc.Config(batch_size=8, resume=True, out=str(Path.home() / "x"), data="~y")
+# ----------------------------------------------------------------------------------------------- the algorithm
+def test_algorithm_1_is_tagged_line_by_line():
+    code = (HERE / "opsdc.py").read_text().replace(opsdc.__doc__, "")
+    for i in range(1, 10):
+        assert f"[{i}]" in opsdc.__doc__ and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1, i
+        assert code.count(f"[{i}]") == 1, i
 
 
 def test_the_loop_in_the_readme_is_the_files():
@@ -787,14 +345,18 @@ def test_the_loop_in_the_readme_is_the_files():
     assert len(listing.splitlines()) > 8 and loss in code
 
 
-def test_algorithm_1_is_tagged_line_by_line():
-    code = (HERE / "opsdc.py").read_text().replace(opsdc.__doc__, "")
-    for i in range(1, 10):
-        assert f"[{i}]" in opsdc.__doc__ and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1, i
-        assert code.count(f"[{i}]") == 1, i
+def test_defaults_are_the_papers():
+    cfg = opsdc.parse_args(opsdc.Config, "", [])
+    paper = dict(
+        model="Qwen/Qwen3-8B", data="YouJiacheng/DAPO-Math-17k-dedup", split="train", instruction="v1",
+        divergence="reverse_kl", refresh_every=50, steps=100, batch_size=32, max_prompt_tokens=1024,
+        max_response_tokens=8192, temperature=1.0, lr=1e-6, weight_decay=0.01, grad_clip=1.0,
+    )  # fmt: skip
+    assert {name: getattr(cfg, name) for name in paper} == paper
+    some = opsdc.parse_args(opsdc.Config, "steps", ["--batch-size", "8", "--resume"])
+    assert some == opsdc.Config(batch_size=8, resume=True)
 
 
-# --------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize("processes", (1, 2))
 def test_one_step_can_be_recomputed_from_its_log(processes, tmp_path):
     """Loss, KL, entropy, clipped gradient and AdamW's first step, by autograd from the logged token ids."""
@@ -870,13 +432,12 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     assert [m["step"] for m in metrics if m["refreshed"]] == [12]
     tokens = [m["response_tokens"] for m in metrics]
     assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
-    assert "--- teacher_prompt ---" in printed and re.search(r"step\s+16/16  loss .* left 0:00:00", printed)
-    assert " ".join(metrics[0]) == (
-        "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout "
-        "seconds_train peak_memory_gb"
-    )
+    assert "--- teacher_prompt ---" in printed and re.search(r"^step   16/16  loss ", printed, re.M)
+    contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout"
+    assert {*contract.split(), "seconds_train", "peak_memory_gb"} <= metrics[0].keys()
+    assert "\r" not in printed and "it/s" not in printed  # no bars where nobody looks
     config = json.loads((out / "config.json").read_text())
-    assert config["lr"] == 3e-4 and "opsdc.py" in config["command"]
+    assert config["lr"] == 3e-4 and config["command"][0].endswith("opsdc.py")
     assert config["versions"]["torch"] == torch.__version__
     folder = out / "step_16"
     model, trained = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), checkpoint(out, 16)
@@ -891,91 +452,35 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
     text = tokenizer.decode(written[0, len(ids) :])
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
-    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
-def test_output_that_nobody_reads_does_not_end_a_run(launched):
-    assert launched[1]["unread"].wait(timeout=300) == 0
-    assert len(lines(launched[0] / "unread" / "metrics.jsonl")) == 2
-
-
-# ------------------------------------------------------------------------------------- faults, kills, resume
-def outcome(out, steps=(2, 4)):
-    """All that a run leaves which must not depend on interruptions: figures other than times, and weights."""
-    times = ("seconds", "seconds_rollout", "seconds_train", "peak_memory_gb")
-    metrics = [{k: v for k, v in m.items() if k not in times} for m in lines(out / "metrics.jsonl")]
-    weights = {name: hash(x.numpy().tobytes()) for name, x in checkpoint(out, steps[-1]).items()}
-    exports = [hash((out / f"step_{step}" / "model.safetensors").read_bytes()) for step in steps]
-    return metrics, lines(out / "rollouts.jsonl"), weights, exports
-
-
-INTERRUPTIONS = {  # and what they leave of checkpoints
-    "killed in a step": [], "killed while saving": ["step_2.partial"], "killed before the export": ["step_2"],
-    "killed at random": None, **dict.fromkeys(SIGNALS, ["step_3"]), "stopped": ["step_2"],
-    "disk full at the checkpoint": ["step_2", "step_4.partial"], "disk full at the export": ["step_4"],
+# ------------------------------------------------------------------------------------------- stops and resuming
+INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
+    "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
+    "killed before the export": (-signal.SIGKILL, ["step_2"]), "killed at random": (None, None),
+    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]), "came to its end": (0, ["step_2"]),
 }  # fmt: skip
-
-
-def interrupt(how, out, half):
-    """Leave in `out` a run of STEADY that did not come to its end."""
-    if how == "killed at random":
-        return started(out).kill(after=random.uniform(0, 1.5))
-    if how == "stopped" or "disk" in how:
-        shutil.copytree(half, out)
-    if how != "stopped":
-        code = 0 if how in SIGNALS else 1 if "disk" in how else -signal.SIGKILL
-        printed = Forked("--fault", how, *STEADY, "--out", out, *["--resume"] * ("disk" in how)).end(code)
-    assert sorted(os.listdir(out / "checkpoint")) == INTERRUPTIONS[how]
-    if how in SIGNALS:
-        assert len(lines(out / "metrics.jsonl")) == 3 and (out / "step_3").exists()
-        assert f"told to stop, and did so after step 3. {opsdc.CONTINUE}" in printed
-        assert printed.count("stopping after this step") == printed.count("teacher refreshed") == 1
-    if "disk" in how:
-        message = rf"error: --out {out} could not be written: .*[Ll]arge.* {opsdc.CONTINUE}\n"
-        assert re.search(message, printed) and "Traceback" not in printed and not (out / "step_4").exists()
-
-
-def started(out, *flags):
-    """A run that has logged a step."""
-    process = Forked(*STEADY, *flags, "--out", out)
-    while not (out / "metrics.jsonl").exists():
-        assert process.processes[0].is_alive(), process.end()
-        time.sleep(0.01)
-    return process
-
-
-@pytest.fixture(scope="module")
-def resumed(runs, tmp_path_factory):
-    """All of these, resumed; two at a time."""
-
-    def one(how):
-        out = tmp_path_factory.mktemp("resumed") / "run"
-        interrupt(how, out, runs[0])
-        for partial in out.rglob("step_*.partial"):
-            (partial / "stale").touch()  # as more processes would have left
-        Forked(*STEADY, "--out", out, "--resume").end()
-        return out
-
-    with ThreadPoolExecutor(2) as pool:
-        return {how: pool.submit(one, how) for how in INTERRUPTIONS}
 
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_resumed_run_equals_an_uninterrupted_one(how, resumed, runs):
-    out = resumed[how].result()
+    out, checkpoints, printed = resumed[how].result()
+    assert checkpoints == INTERRUPTIONS[how][1]
     assert outcome(out) == outcome(runs[1])
     assert os.listdir(out / "checkpoint") == ["step_4"]
     assert not [*out.rglob("*.partial"), *out.rglob("stale")]
+    if how in ("SIGTERM", "SIGINT"):  # it has finished its step
+        assert (out / "step_3" / "model.safetensors").exists() and printed.count("stopping after this step") == 1
 
 
 def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tmp_path):
     """Two torchrun agents with one process each, which meet on loopback, against two processes that stop when
     one of them gets a SIGTERM and are resumed. What two processes saved, one loads to the bit and goes on."""
     out = tmp_path / "run"
-    Forked("--fault", "SIGTERM", *STEADY, "--out", out, processes=2).end()
+    Forked("--fault", "SIGTERM", *STEADY, "--out", out, processes=2).end(143)
     shutil.copytree(out, tmp_path / "other")
     saved = checkpoint(out, 3)
-    student, teacher = (opsdc.shard(opsdc.load_model(TOY, "auto")) for _ in range(2))
+    student, teacher = (opsdc.shard(opsdc.load_model(TOY)).float() for _ in range(2))
     state = opsdc.training_state(student, teacher, torch.optim.AdamW(student.parameters()))
     assert opsdc.load_checkpoint(opsdc.Config(out=str(tmp_path / "other"), resume=True), state) == 3
     assert saved.keys() == state.keys() and any(name.endswith("exp_avg_sq") for name in saved)
@@ -995,64 +500,659 @@ def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tm
     AutoModelForCausalLM.from_pretrained(machines / "step_4")
 
 
+@pytest.mark.parametrize("whom", (os.kill, os.killpg))
+def test_torchrun_is_told_to_stop(whom, tmp_path):
+    """Alone, or with its processes, which then hear it twice. The last step is saved and exported whole."""
+    out = tmp_path / "run"
+    flags = (*SHORT_RUN, "--steps", 5000, "--save_every", 5000, "--out", out)
+    torchrun = launch(command(*flags, launcher="--standalone --nproc_per_node=2"), start_new_session=True)
+    while not (out / "metrics.jsonl").exists():
+        assert torchrun.poll() is None, ended(torchrun)
+        time.sleep(0.05)
+    whom(torchrun.pid, signal.SIGTERM)
+    printed, last = ended(torchrun, code=1), len(lines(out / "metrics.jsonl"))
+    assert "stopping after this step" in printed
+    assert os.listdir(out / "checkpoint") == [f"step_{last}"] and checkpoint(out, last)
+    AutoModelForCausalLM.from_pretrained(out / f"step_{last}")
+
+
 @pytest.mark.parametrize("processes", (1, 2))
 def test_a_bad_step_is_skipped_on_all_processes(processes, tmp_path):
     flags = ("--save_every", 1, "--steps", 3, "--out", tmp_path / "run")
-    printed = Forked("--fault", "nan", *SHORT_RUN, *flags, processes=processes).end()
+    Forked("--fault", "nan", *SHORT_RUN, *flags, processes=processes).end()
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [m["skipped"] for m in metrics] == [False, True, False]
-    assert metrics[1]["grad_norm"] is None and "update skipped" in printed
+    assert [m["skipped"] for m in metrics] == [False, True, False] and math.isnan(metrics[1]["grad_norm"])
     one, two, three = (x.read_bytes() for x in sorted((tmp_path / "run").glob("step_*/model.safetensors")))
     assert one == two != three
 
 
-@pytest.mark.parametrize("fault, code, messages", (
-    ("nan on", 1, ["error: no finite gradient in 3 steps, up to step 4: lower --lr"]),
-    ("out of memory", 1, ["error: out of GPU memory", "--micro_batch_size", "--max_response_tokens"]),
-    ("an ignored signal", 0, ["step    2/2"]),
-    ("a second signal", 128 + signal.SIGTERM, []),  # it does not wait for the step to end
+@pytest.mark.parametrize("fault, code, message", (
+    ("nan on", 1, "error: no finite gradient in 3 steps: lower --lr"),
+    ("a second signal", -signal.SIGINT, "stopping after this step"),  # which does not wait for the step
+    ("crash", 1, "a cosmic ray"),
 ))  # fmt: skip
-def test_what_ends_a_run_and_what_does_not(fault, code, messages, tmp_path):
-    flags = ("--steps", 9 if code else 2, "--out", tmp_path / "run")
-    printed = Forked("--fault", fault, *SHORT_RUN, *flags).end(code)
-    assert all(message in printed for message in messages) and "Traceback" not in printed
-
-
-def test_a_signal_in_the_middle_of_a_line_silences_nothing(monkeypatch, capfd):
-    handlers, printed = {}, []
-
-    def write(_, data):
-        if not printed:
-            handlers[signal.SIGTERM](signal.SIGTERM, None)
-        printed.append(bytes(data))
-        return len(data)
-
-    terminal = type("Terminal", (io.RawIOBase,), {"write": write, "writable": lambda _: True})()
-    monkeypatch.setattr(signal, "signal", handlers.setdefault)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(terminal)))
-    opsdc.note_signals()
-    opsdc.say("one"), opsdc.say("two")
-    assert printed == [b"one\n", b"two\n"] and "stopping after this step" in capfd.readouterr().err
+def test_what_ends_a_run(fault, code, message, tmp_path):
+    printed = Forked("--fault", fault, *SHORT_RUN, "--out", tmp_path / "run").end(code)
+    assert message in printed and not [*tmp_path.glob("run/step_*")]
 
 
 def test_one_process_fails_and_all_stop(launched):
     printed = ended(launched[1]["crash"], code=1)
-    assert "a cosmic ray" in printed
-    assert "S\\xe9 breve." in printed and "step    1/100" in printed  # the terminal knows no é
+    assert "a cosmic ray" in printed and "step    1/100" in printed
 
 
-# ------------------------------------------------------------------------------------------------ wrong input
+def test_a_step_returns_its_figures_on_every_process():
+    """As a rule that acts on them must know them; a further figure of the tokens is logged by its name."""
+    cfg, scores = opsdc.Config(out=os.devnull, log_rollouts=0), []
+    for kl, entropy, margin in (((1.0, 3.0), (1.0, 1.0), (2.0, 2.0)), ((5.0,), (4.0,), (8.0,))):
+        score = {"entropy": entropy, "kl": kl, "margin": margin}
+        scores.append({name: torch.tensor(values) for name, values in score.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsdc, "RANK", 1)
+        figures = {"grad_norm": 1.0, "refreshed": False, "skipped": False, "seconds": 1.0}
+        tokenizer = AutoTokenizer.from_pretrained(TOY)
+        metrics = opsdc.log_step(cfg, 2, tokenizer, [9], [([5], [6])] * 2, [[5, 9], [5]], scores, figures)
+    assert metrics["loss"] == (2 + 5) / 2 and metrics["response_tokens"] == 1.5 and metrics["truncated"] == 0.5
+    assert metrics["entropy"] == (1 + 1 + 4) / 3 and metrics["margin"] == (2 + 2 + 8) / 3
+
+
+# --------------------------------------------------------------------------------------- the folder of a run
+@pytest.mark.parametrize("harm, flags, message", (
+    (None, "", "already holds a run: continue it with --resume, or choose another folder"),
+    (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds"),
+    (None, "--resume --lr 1", ": lr was 0.0003, is 1.0: choose another folder"),
+    (("config.json", lambda file: write(file, {"clip": 0.05})), "--resume", ": clip was 0.05, is None: choose"),
+    (("checkpoint", shutil.rmtree), "--resume", "has logs, but its folder checkpoint is gone"),
+    (("checkpoint", shutil.rmtree), "", "already holds a run"),
+    (("config.json", os.remove), "--resume", "holds other files than a run's: choose another folder"),
+))  # fmt: skip
+def test_an_existing_run_is_kept_as_it_is(harm, flags, message, runs, tmp_path):
+    out = shutil.copytree(runs[0], tmp_path / "run")
+    if harm:
+        harm[1](next(out.glob(harm[0])))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert message in refusal(opsdc.main, *STEADY, "--out", out, *flags.split())
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_goes_on_where_its_settings_and_contents_are_the_same(runs, tmp_path, capsys):
+    """In another place, with a setting that it does not know yet; where the code is another, it says so."""
+    out, model = shutil.copytree(runs[0], tmp_path / "run"), copy_of_toy(tmp_path / "model")
+    config = json.loads((out / "config.json").read_text())
+    del config["grad_clip"]
+    config["versions"]["opsdc.py"] = "an older one"
+    (out / "config.json").write_text(json.dumps(config))
+    data = shutil.copy(f"{TOY}/test.jsonl", tmp_path)
+    flags = (*STEADY, "--model", model, "--data", data, "--out", out, "--resume", "--save_every", 3)
+    assert begun(*flags) == "enough"
+    assert f"opsdc.py is not the file that {out} was made with" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["grad_clip"] == 1.0
+    assert begun(*flags) == "enough" and "is not the file" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file, old, new, what", (
+    ("data.jsonl", b"What", b"Tell", "prompts"),
+    ("model/chat_template.jinja", b"assistant\\n", b"Assistant\\n", "prompts"),
+    ("model/model.safetensors", b"\0", b"\1", "model_files"),
+    ("model/config.json", b"1e-06", b"2e-06", "model_files"),
+    ("model/generation_config.json", b": 507", b": 506", "model_files"),
+))  # fmt: skip
+def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, tmp_path):
+    """Not with other contents under the same name, with the same size and time of change. Before its first
+    step is done, a run blocks nothing."""
+    copy_of_toy(tmp_path / "model")
+    file, data, out = tmp_path / file, tmp_path / "data.jsonl", tmp_path / "run"
+    WRITE["jsonl"](data, PROBLEMS)
+    flags = (*SHORT_RUN, "--model", tmp_path / "model", "--data", data, "--out", out)
+    assert begun(*flags, "--lr", 1) == begun(*flags) == begun(*flags, "--resume") == "enough"
+    write(out / "metrics.jsonl", '{"step": 1}\n')
+    (out / "checkpoint").mkdir()
+    before, _, after = file.read_bytes().rpartition(old)
+    file.write_bytes(before + new + after)
+    os.utime(file, (1e9, 1e9))
+    error = refusal(opsdc.main, *flags, "--resume")
+    assert re.search(rf"run: {what} was '\w+', is '\w+'", error)
+
+
+def test_a_machine_that_does_not_see_the_folder(tmp_path):
+    assert "is not seen by this machine" in failure(
+        opsdc.load_checkpoint, opsdc.Config(out=str(tmp_path / "elsewhere")), {}, code=1
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- models
+def spoilt(model, part, value):
+    model.get_parameter(part).data[3] = value
+    return model
+
+
+MINIMAX = dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=4)
+MINIMAX |= dict(attn_implementation="eager")
+MAMBA = dict(state_size=4)
+JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4)
+HEAD, OTHERS, TIED = "hidden states times LM head", "padded on the left or", "its LM head is no embedding"
+
+
+@pytest.mark.parametrize("make, message", (
+    (lambda: tiny(0, "Gemma2", final_logit_softcapping=30.0), HEAD),  # all logits are near 0
+    (lambda: tiny(0, "Cohere", logit_scale=0.5), HEAD),
+    (lambda: spoilt(tiny(0, "Phi"), "lm_head.bias", 9), HEAD),
+    (lambda: spoilt(tiny(), "model.norm.weight", math.nan), OTHERS),
+    (lambda: tiny(0, "MiniMax", **MINIMAX), OTHERS),  # its state takes in the padding
+    (lambda: (model := tiny(), setattr(model.config, "tie_word_embeddings", True))[0], TIED),
+))  # fmt: skip
+def test_models_that_would_be_trained_wrongly_are_refused(make, message):
+    error = failure(opsdc.shard, make())
+    assert error.startswith("--model: ") and message in error
+
+
+@pytest.mark.parametrize("make, part", (
+    (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None), (lambda: tiny(0, "Jamba", **JAMBA), None),
+    (lambda: tiny(0, "Mamba", **MAMBA), None), (lambda: tiny(), None), (lambda: tiny(), 4),
+))  # fmt: skip
+def test_models_that_are_let_through_are_read_rightly(make, part):
+    """Padded on the left and through a cache, as by a plain pass; Jamba's state is lost between two parts."""
+    model = make()
+    assert opsdc.reads_alike(model, part)
+    greedy, prompts = opsdc.sampling_settings([1], 30, temperature=0), [[*range(3, n)] for n in (20, 7, 40)]
+    greedy.prefill_chunk_size = part
+    for prompt, response in zip(prompts, opsdc.rollout(model, prompts, greedy, 0)):
+        assert response == plain_logits(model, prompt, response).argmax(-1).tolist()
+    assert type(model).__name__ != "JambaForCausalLM" or not opsdc.reads_alike(model, part=4)
+
+
+MOE = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
+MLA = dict(num_key_value_heads=2, head_dim=8, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8)
+MLA |= dict(qk_nope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1)
+WITH_BUFFERS = {
+    "Qwen3": {}, "Glm4Moe": MOE, "DeepseekV3": MOE | MLA,
+    "MiniMaxM2": dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_BUFFERS)
+def test_a_step_is_saved_exported_and_resumed(name, tmp_path):
+    """For models with buffers, some of which are saved and some are not: what comes out of the exported
+    folder equals what an ordinary model gives with the weights of the checkpoint."""
+    model = tiny(0, name, vocab_size=512, **WITH_BUFFERS[name])
+    biases = [x for key, x in model.named_buffers() if key.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias.copy_(torch.arange(bias.numel()) - 1.0)
+    folder = copy_of_toy(tmp_path / "model")
+    model.save_pretrained(folder)
+    tokenizer, *_ = opsdc.inspect_model(str(folder))
+    student, teacher = (opsdc.shard(opsdc.load_model(str(folder))) for _ in range(2))
+    teacher.load_state_dict(student.state_dict())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    state = opsdc.training_state(student, teacher, optimizer)
+    assert len(state) == 5 * len([*model.parameters()])  # student, teacher, and what AdamW keeps
+    cfg, (batch, responses) = opsdc.Config(out=str(tmp_path), resume=True), ragged_batch()
+    write(tmp_path / "config.json", "")
+    assert opsdc.load_checkpoint(cfg, state) == 0
+    kl = token_kl(student, teacher, batch, responses)
+    for ours, prompt, response in zip(kl, batch, responses):
+        exact, _ = plain_scores(model, model, prompt, response)
+        torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-3, atol=1e-5)
+    optimizer.step()
+    opsdc.save_checkpoint(cfg, 1, state)
+    opsdc.export(cfg, 1, student, tokenizer)
+    saved = checkpoint(tmp_path, 1)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1", dtype="auto").eval()
+    assert exported.dtype == torch.bfloat16
+    with torch.no_grad():
+        before = model(ids := torch.arange(3, 60)[None]).logits
+        for key, p in model.named_parameters():
+            p.copy_(saved[f"student.{key}"].bfloat16())
+        after = model(ids).logits
+        assert torch.equal(exported.float()(ids).logits, after) and not torch.equal(before, after)
+        for x in state.values():
+            x.zero_()
+    assert opsdc.load_checkpoint(cfg, state) == 1
+    for key, x in state.items():
+        assert torch.equal(x.full_tensor() if hasattr(x, "full_tensor") else x, saved[key]), key
+
+
+def test_student_and_teacher_are_alike_in_bf16_too(tmp_path):
+    """Gemma 3 scales its embeddings by a buffer: rounded in one of the two, it would part them."""
+    model = tiny(0, "Gemma3Text", vocab_size=512, layer_types=["full_attention"] * 2).bfloat16()
+    model.save_pretrained(tmp_path)
+    student, teacher = (opsdc.shard(opsdc.load_model(str(tmp_path))).float() for _ in range(2))
+    assert {p.dtype for p in (*student.parameters(), *teacher.parameters())} == {torch.float32}
+    batch, responses = ragged_batch()
+    assert not torch.cat(token_kl(student, teacher, [[x, x] for x, _ in batch], responses)).any()
+
+
+def test_weights_that_are_missing(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file, {"format": "pt"})
+    assert failure(opsdc.load_model, tmp_path).endswith("its files lack ['lm_head.weight']")
+
+
+def test_what_a_model_folder_may_hold(tmp_path):
+    """Stop tokens are the model's and the tokenizer's. Habits of sampling and an unused entry do no harm."""
+    model = copy_of_toy(tmp_path / "model")
+    write(model / "generation_config.json", {"eos_token_id": [5, 9], "num_beams": 4})
+    tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(model))
+    opsdc.shard(opsdc.load_model(str(model)))
+    assert stop_tokens == [5, 9, 507]
+    (model / "generation_config.json").unlink()  # then config.json's
+    tokenizer.add_tokens(["Hmm!"])
+    tokenizer.save_pretrained(model)
+    assert opsdc.inspect_model(str(model))[1] == [507]
+
+
+LONG_ROPE = {"long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
+SWITCH = {"original_max_position_embeddings": 64}
+LONG_ROPE_5 = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **SWITCH, **LONG_ROPE}}
+LONG_ROPE_4 = {"model_type": "phi3", **SWITCH, "rope_scaling": {"type": "longrope", **LONG_ROPE}}
+
+
+@pytest.mark.parametrize("file, content, message", (
+    ("config.json", None, "model cannot be read: "),
+    ("chat_template*", None, "model: its tokenizer has no chat template"),
+    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model cannot be read: "),
+    ("config.json", {"vocab_size": 400}, "model: its tokenizer is larger than its vocabulary"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
+    ("config.json", LONG_ROPE_5, "--max_response_tokens 40: the model's context leaves 17"),
+    ("config.json", LONG_ROPE_4, "--max_response_tokens 40: the model's context leaves 17"),
+    ("*config.json", {"eos_token_id": None, "eos_token": None}, "model: neither its config nor its tokenizer"),
+))  # fmt: skip
+def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
+    model = copy_of_toy(tmp_path / "model")
+    write(model / "evil.py", f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    for path in model.glob(file):
+        path.unlink() if content is None else write(path, content)
+    assert message in refused("--model", model)
+
+
+# ----------------------------------------------------------------------------------------- data and settings
+PROBLEMS = [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(3)]
+WRITE = {
+    "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n\n" for row in rows)),
+    "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
+    "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path),
+    "splits": lambda path, rows: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_rows_are_those_of_the_file(kind, tmp_path):
+    """Brackets in its path are no pattern, and new rows are seen though the file's time and size stay."""
+    path = tmp_path / "a[1]" / f"rows.{kind}"
+    path.parent.mkdir()
+    for rows in (PROBLEMS, PROBLEMS[::-1]):
+        WRITE[kind](path, rows)
+        for file in (path, *path.rglob("*")):
+            os.utime(file, (1e9, 1e9))
+        assert list(opsdc.load_rows(str(path))) == rows
+
+
+def test_answers_keep_their_digits(tmp_path):
+    digits = ("0.00001", "1.10", "3.0", "12345678901234567890", "0.1234567890123456789")
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"answer": {x}}}\r\n' for x in digits))
+    assert [str(row["answer"]) for row in opsdc.load_rows(str(tmp_path / "x.jsonl"))] == list(digits)
+
+
+@pytest.mark.parametrize("name, content, message", (
+    ("x.jsonl", None, "x.jsonl: FileNotFoundError(2, "),
+    ("x.csv", "prompt\nx\n", "a file must end in .jsonl, .json or .parquet"),
+    ("x.jsonl", "\n", "x.jsonl: ValueError('none of 0 prompts fits --max_prompt_tokens 1024"),
+    ("x.jsonl", '{"prompt": "x"}\n\n{"prompt": "y}\n', "x.jsonl: JSONDecodeError('Unterminated string"),
+    ("x.jsonl", '{"text": "x", "id": 1}', "no column prompt, problem or question, but text, id"),
+    ("x.jsonl", json.dumps({"prompt": opsdc.STEP_BY_STEP}), "row 1: the teacher's prompt is the student's"),
+))  # fmt: skip
+def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
+    if content:
+        write(tmp_path / name, content)
+    error = refused("--data", tmp_path / name, "--instruction", opsdc.STEP_BY_STEP)
+    assert error.startswith(f"--data {tmp_path / name}") and message in error
+
+
+@pytest.mark.parametrize("flags, message", (
+    ("--steps 0", "--steps is 0, must be above 0"), ("--temperature 0", "--temperature is 0.0, must be above 0"),
+    ("--lr nan", "--lr is nan, must be above 0"),
+    *((f"--instruction {x}", "--instruction is '.*', must be v1, v2 or a text") for x in ("' '", "V2.", "v3")),
+    ("--batch_size 6 --micro_batch_size 4", "--batch_size 6 must be a multiple of 4"),
+    ("--lr high", "argument --lr: invalid float value: 'high'"),
+    ("--divergence kl", "argument --divergence: invalid choice: 'kl'"),
+    ("--refresh 3", "unrecognized arguments: --refresh 3"),
+    ("--max_response_tokens 1020", "--max_response_tokens 1020: the model's context leaves 977"),
+    ("--max_prompt_tokens 5", "none of 1 prompts fits --max_prompt_tokens 5"),
+    ("--data nobody/nothing", "--data nobody/nothing: "),
+    ("--model nobody/nothing", "--model nobody/nothing cannot be read: "),
+    ("--out HERE", " holds other files than a run's: choose another folder"),
+    (f"--out {TOY}", " holds other files than a run's: choose another folder"),
+))  # fmt: skip
+def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
+    assert re.search(message, refused(*shlex.split(flags.replace("HERE", str(tmp_path)))))
+
+
+# ----------------------------------------------- harness: how models are made, runs started, faults injected
+@pytest.fixture(autouse=True, scope="module")
+def process_group(request):
+    ours = [test for test in request.session.items if test.module is request.module]
+    if any("launched" in test.fixturenames for test in ours):
+        request.getfixturevalue("launched")  # early, to go on beside the other tests
+    opsdc.start_processes()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+SIZE = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, hidden_size=32)
+SIZE |= dict(intermediate_size=48, vocab_size=61, max_position_embeddings=256, initializer_range=0.4)
+SIZE |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False)
+
+
+def tiny(seed=0, name="Qwen3", **more):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SIZE | more)).eval()
+
+
+def two(seeds=(0, 1), checkpointing=False, **more):
+    """A student and a teacher, with FSDP; if asked for, their layers are checkpointed as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsdc, "CUDA", checkpointing)
+        return [opsdc.shard(tiny(seed, **more)) for seed in seeds]
+
+
+def ragged_batch():
+    """Four prompts, the teacher's of other lengths, and responses from one token up, not in order."""
+    source = random.Random(0)
+    prompts, responses = ((3, 9), (7, 8), (1, 20), (5, 5)), (1, 13, 29, 6)
+    ids = lambda n: [source.randrange(2, 61) for _ in range(n)]  # noqa: E731
+    return [[ids(p), ids(q)] for p, q in prompts], [ids(t) for t in responses]
+
+
+def plain_logits(model, prompt, response, temperature=1.0):
+    """The logits that predict a response's tokens, by a forward pass over this sequence alone -> [T, V]."""
+    return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+
+
+def plain_scores(student, teacher, prompt, response, temperature=1.0):
+    """KL(q_t || p_t) and entropy of q_t, of one sequence, in float64 by torch.distributions -> [T], [T]."""
+    q, p = (
+        Categorical(logits=plain_logits(model, ids, response, temperature).double())
+        for model, ids in zip((student, teacher), prompt)
+    )
+    return kl_divergence(q, Categorical(logits=p.logits.detach())), q.entropy()
+
+
+def token_kl(student, teacher, batch, responses):
+    """The divergence of each response's tokens, [T] each."""
+    return [score["kl"] for score in opsdc.accumulate_gradient(student, teacher, batch, responses, opsdc.Config())]
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def checkpoint(out, step):
+    """All tensors of a checkpoint by name, put together from the rows that each process saved."""
+    rows = {}
+    for file in sorted(Path(out, "checkpoint", f"step_{step}").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            rows.setdefault(name, []).append(tensor)
+    return {name: parts[0] if parts[0].ndim == 0 else torch.cat(parts) for name, parts in rows.items()}
+
+
+def copy_of_toy(folder):
+    """The toy's folder, less what is no part of a model."""
+    return shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.png", "*.py", "*.md", "*.jsonl"))
+
+
+def steady_sampler():
+    """A model that gives each of its 61 words much the same probability, whatever came before (all embeddings
+    are alike), no two quite the same; with a checkpoint's sampling habits."""
+    model = tiny()
+    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[5].clone()
+    model.lm_head.weight.data *= 0.05
+    habits = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, suppress_tokens=[7])
+    model.generation_config = GenerationConfig(**habits, eos_token_id=[1, 2])
+    return model
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
 def write(file, content):
-    """Bytes, a text, or settings to be changed in a JSON file."""
+    """A text, or settings to be changed in a JSON file."""
     if isinstance(content, dict):
         content = json.dumps(json.loads(file.read_text()) | content)
-    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    file.write_text(content)
     return file
+
+
+SHORT_RUN = ("--model", TOY, "--data", f"{TOY}/test.jsonl", "--lr", 3e-4, "--max_response_tokens", 40)
+SHORT_RUN += ("--batch_size", 4, "--micro_batch_size", 2)
+STEADY = (*SHORT_RUN, "--refresh_every", 3, "--save_every", 2, "--log_rollouts", 4, "--steps", 4)
+
+
+def command(*flags, launcher="", script="opsdc.py"):
+    """A command line as a user gives it; of torchrun, where `launcher` says how many are to be started."""
+    torchrun = ["-m", "torch.distributed.run", *launcher.split(), "--"] if launcher else []
+    return [sys.executable, *torchrun, str(HERE / script), *map(str, flags)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(line, **options):
+    streams = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(line, cwd=HERE, **streams, **options)
+
+
+def ended(process, code=0):
+    """Wait for it; returns what it printed."""
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == code, printed
+    return printed
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__, "transformers.models.qwen3.modeling_qwen3"])
+
+
+class Forked:
+    """opsdc.py with these flags, started now in processes of its own. They are forked from one that has
+    imported torch and transformers already, which takes Python six seconds."""
+
+    def __init__(self, *flags, processes=1):
+        self.output = tempfile.NamedTemporaryFile("r")
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if processes > 1 else {}
+        self.processes = []
+        for rank in map(str, range(processes)):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
+            args = list(map(str, flags)), place | env, self.output.name
+            self.processes.append(FORKS.Process(target=child, args=args, daemon=True))
+            self.processes[-1].start()
+
+    def end(self, code=0):
+        """Wait for all processes returns what they printed."""
+        for process in self.processes:
+            process.join(timeout=120)
+        with self.output:  # closed here: a process forked later must not remove the file in our place
+            printed = self.output.read()
+        assert {process.exitcode for process in self.processes} == {code}, printed
+        return printed
+
+    def kill(self, after=0):
+        time.sleep(after)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.output.close()
+
+
+def child(flags, env=None, output=None):
+    """What a process of a test does: train, with a fault or without."""
+    if output:
+        os.environ.update(env)
+        file = os.open(output, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        importlib.reload(opsdc)  # it looks at the environment
+    if flags[0] == "--fault":
+        if opsdc.RANK == opsdc.WORLD - 1:  # in the last process
+            FAULTS[flags[1]]()
+        flags = flags[2:]
+    sys.argv = [opsdc.__file__, *flags]
+    opsdc.main()
+
+
+def in_steps(steps, act, function="accumulate_gradient"):
+    """Do something just before the calls of a function of opsdc.py that these numbers count, from 1."""
+    original, calls = getattr(opsdc, function), []
+
+    def faulty(*args, **kwargs):
+        calls.append(args)
+        if len(calls) in steps:
+            act(*args)
+        return original(*args, **kwargs)
+
+    setattr(opsdc, function, faulty)
+
+
+def kill(*_):
+    signal.raise_signal(signal.SIGKILL)
+
+
+def terminate(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def interrupt(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def spoil_gradient(student, *_):
+    """What is added to it will be NaN, too."""
+    p = student.model.norm.weight
+    p.grad = torch.full_like(p, math.nan)
+
+
+def kill_while_saving():
+    save = opsdc.dcp.save
+    opsdc.dcp.save = lambda *args, **kwargs: (save(*args, **kwargs), kill())
+
+
+FAULTS = {
+    "crash": lambda: in_steps([2], Mock(side_effect=RuntimeError("a cosmic ray"))),
+    "nan": lambda: in_steps([2], spoil_gradient),
+    "nan on": lambda: in_steps(range(2, 9), spoil_gradient),
+    "SIGTERM": lambda: in_steps([3], terminate),
+    "SIGINT": lambda: in_steps([3], interrupt),
+    "a second signal": lambda: in_steps([3], lambda *_: (terminate(), interrupt())),
+    "killed in a step": lambda: in_steps([2], kill),
+    "killed before the export": lambda: in_steps([1], kill, "export"),
+    "killed while saving": kill_while_saving,
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Runs that start Python as a user does, all at once, while other tests go on: sixteen steps of the
+    README's toy command, and under torchrun two machines and a crash."""
+    out = tmp_path_factory.mktemp("launched")
+    toy = ("--model", TOY, "--data", f"{TOY}/train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
+    toy += ("--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out / "toy")
+    meet = f"--nnodes=2 --local-addr=127.0.0.1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}"
+    agent = command(*STEADY, "--out", out / "machines", launcher=meet)
+    crash = ("--fault", "crash", *SHORT_RUN, "--out", out / "crash")
+    crash = command(*crash, launcher="--standalone --nproc_per_node=2", script="test_opsdc.py")
+    lines = {"toy": command(*toy), "machine 1": agent, "machine 2": agent, "crash": crash}
+    processes = {name: launch(line) for name, line in lines.items()}
+    yield out, processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """STEADY stopped after two steps, and all of it."""
+    half, steady = (tmp_path_factory.mktemp("runs") / name for name in ("half", "steady"))
+    for process in [Forked(*STEADY, "--out", half, "--steps", 2), Forked(*STEADY, "--out", steady)]:
+        process.end()
+    return half, steady
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, tmp_path_factory):
+    """STEADY interrupted in each of these ways and resumed, two at a time."""
+
+    def one(how):
+        out, printed = tmp_path_factory.mktemp("resumed") / "run", ""
+        code, checkpoints = INTERRUPTIONS[how]
+        if how == "came to its end":
+            shutil.copytree(runs[0], out)
+        elif how == "killed at random":
+            process = Forked(*STEADY, "--out", out)
+            while not (out / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            process.kill(after=random.uniform(0, 1.5))
+        else:
+            printed = Forked("--fault", how, *STEADY, "--out", out).end(code)
+        if checkpoints is not None:
+            checkpoints = sorted(os.listdir(out / "checkpoint"))
+        for partial in out.rglob("step_*.partial"):
+            (partial / "stale").touch()  # as more processes would have left
+        Forked(*STEADY, "--out", out, "--resume").end()
+        return out, checkpoints, printed
+
+    with ThreadPoolExecutor(2) as pool:
+        return {how: pool.submit(one, how) for how in INTERRUPTIONS}
+
+
+def outcome(out, steps=(2, 4)):
+    """All that a run leaves which must not depend on interruptions: figures other than times, and weights."""
+    times = ("seconds", "seconds_rollout", "seconds_train", "peak_memory_gb")
+    metrics = [{k: v for k, v in m.items() if k not in times} for m in lines(out / "metrics.jsonl")]
+    weights = {name: hash(x.numpy().tobytes()) for name, x in checkpoint(out, steps[-1]).items()}
+    exports = [hash((out / f"step_{step}" / "model.safetensors").read_bytes()) for step in steps]
+    return metrics, lines(out / "rollouts.jsonl"), weights, exports
+
+
+def failure(call, *args, code=2):
+    """The error line with which this call must end the process, with this code."""
+    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
+        call(*args)
+    error = errors.getvalue().partition("error: ")[2]
+    assert end.value.code == code and error.endswith("\n") and error.count("\n") == 1, error
+    return error.strip()
+
+
+def refusal(main, *flags):
+    """The error line of a command that must end with code 2; called in this process, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+        return failure(main)
+
+
+def begun(*flags):
+    """Begin a run that ends as soon as it has its folder; returns "enough"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsdc, "start_processes", lambda: opsdc.fail("enough"))
+        return refusal(opsdc.main, *flags)
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """-> a function: the error line of a training run with these flags. No model may be loaded and nothing
+    """A function that returns the error line of a training run with these flags. No model may be loaded and nothing
     written, and the hub is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -1067,184 +1167,6 @@ def refused(tmp_path, monkeypatch):
         return error
 
     return refused
-
-
-@pytest.mark.parametrize("flags", (
-    "--steps 0", "--refresh_every -1", "--temperature inf", "--temperature 0", "--lr nan", "--grad_clip 0",
-    "--instruction ' '", "--instruction V2.", "--out ''", "--batch_size 6 --micro_batch_size 4",
-))  # fmt: skip
-def test_settings_that_break_a_rule(flags, refused):
-    name, *_ = flags.split()
-    assert re.match(rf"{name} is .*, must be (?!{name})", refused(*shlex.split(flags)))
-
-
-@pytest.mark.parametrize("flags, message", (
-    ("--lr high", "argument --lr: invalid float value: 'high'"),
-    ("--divergence kl", "argument --divergence: invalid choice: 'kl'"),
-    ("--refresh 3", "unrecognized arguments: --refresh 3"),
-    ("--max_response_tokens 1020", "is 1020, but the context of 1024 leaves 977 after a prompt of 47 tokens"),
-    ("--max_prompt_tokens 5", "good.jsonl: no prompt of 1 fits --max_prompt_tokens 5"),
-    ("--split nosuch", "good.jsonl: there are no rows in split nosuch (splits: train)"),
-    ("--data nobody/nothing", "--data nobody/nothing: "),
-    ("--model nobody/nothing", "--model nobody/nothing: there is no such folder, and from the hub: "),
-    ("--out HERE/good.jsonl/run", "/good.jsonl/run cannot be written: Not a directory"),
-    ("--out HERE", " holds files, but no good config.json of such a run: choose another folder"),
-    (f"--out {TOY}", " holds files, but no good config.json of such a run: choose another folder"),
-))  # fmt: skip
-def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
-    assert message in refused(*shlex.split(flags.replace("HERE", str(tmp_path))))
-
-
-@pytest.mark.parametrize("name, content, message", (
-    ("x.jsonl", None, "x.jsonl: [Errno 2] No such file"),
-    ("x.parquet", None, "x.parquet: [Errno 2] Failed to open local file"),
-    ("x.txt", "x", "a file must end in .jsonl, .json, .parquet or .csv"),
-    ("x.jsonl.gz", "x", "a file must end in .jsonl"),
-    ("x.jsonl", "\n", "x.jsonl: there are no rows in split train"),
-    ("x.jsonl", '{"prompt": "x"}\n\n{"prompt": "y}\n', "x.jsonl: Unterminated string"),
-    ("x.jsonl", '{"prompt": "é"}'.encode("latin-1"), "x.jsonl: 'utf-8' codec can't decode"),
-    ("x.json", '[{"prompt": "x"},\n {"prompt": }]', "x.json: Expecting value: line 2 column 13"),
-    ("x.json", "[1, 2]", "x.json: its rows must be objects"),
-    ("x.parquet", "no parquet", "x.parquet: Parquet magic bytes not found"),
-    ("x.csv", "text,id\nx,1\n", "row 1: has no column prompt, problem or question (found: text, id)"),
-    ("x.jsonl", '{"prompt": "x"}\n{"prompt": " "}', "row 2: prompt must be text or messages (a list"),
-    ("x.jsonl", json.dumps({"prompt": opsdc.STEP_BY_STEP}), "row 1: the teacher's prompt is the student's"),
-    ("x.jsonl", '\ufeff{"prompt": "x x x"}\n{"prompt": null, "problem": "y"}', "no prompt of 2 fits"),
-    ("x.csv", "\ufeffprompt,problem\nx x x,\n,y\n", "no prompt of 2 fits"),
-    ("x.csv", "problem,answer\nWhat is 1,000 + 2?,1002\n", "a row has too many fields"),
-    ("x.csv", 'prompt\n"[{""role"": ""user""}]"\n', "row 1: prompt must be text or messages (a list"),
-))  # fmt: skip
-def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
-    if content:
-        write(tmp_path / name, content)
-    flags = ("--max_prompt_tokens", 12) if "fits" in message else ("--instruction", opsdc.STEP_BY_STEP)
-    error = refused("--data", tmp_path / name, *flags)
-    assert error.startswith(f"--data {tmp_path / name}") and message in error
-
-
-LONG_ROPE = {"long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
-SWITCH = {"original_max_position_embeddings": 64}
-LONG_ROPE_5 = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **SWITCH, **LONG_ROPE}}
-LONG_ROPE_4 = {"model_type": "phi3", **SWITCH, "rope_scaling": {"type": "longrope", **LONG_ROPE}}
-NO_END = {"eos_token_id": None, "eos_token": None}
-
-
-@pytest.mark.parametrize("file, content, message", (
-    ("config.json", None, "model: "),
-    ("*.safetensors", None, "model: the folder has no *.safetensors"),
-    ("*.safetensors", b"", "model: cannot mmap an empty file"),
-    ("tokenizer*", None, "model: its tokenizer knows no words"),
-    ("chat_template*", None, "model: its tokenizer has no chat template"),
-    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model: "),
-    ("config.json", {"vocab_size": 400}, "model: its tokenizer has a token 511, its vocabulary 400 tokens"),
-    ("config.json", {"max_position_embeddings": "long"}, "expected int, got str"),
-    ("generation_config.json", {"eos_token_id": "507"}, "model: '<' not supported between"),
-    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
-    ("config.json", LONG_ROPE_5, "but the context of 64 leaves 17"),
-    ("config.json", LONG_ROPE_4, "but the context of 64 leaves 17"),
-    ("*config.json", NO_END, "model: neither its generation config nor its tokenizer has a token"),
-    ("chat_template.jinja", "{{ raise_exception('no') }}", "row 1: is refused by the model's chat template"),
-))  # fmt: skip
-def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
-    model = copy_of_toy(tmp_path / "model")
-    write(model / "evil.py", f"open({str(tmp_path / 'was-run')!r}, 'w')")
-    for path in model.glob(file):
-        path.unlink() if content is None else write(path, content)
-    assert message in refused("--model", model)
-
-
-def test_what_a_model_folder_may_hold(tmp_path):
-    """Stop tokens are the model's and the tokenizer's. Habits of sampling and an unused word do no harm."""
-    model = copy_of_toy(tmp_path / "model")
-    write(model / "generation_config.json", {"eos_token_id": [5, 9], "num_beams": 4})
-    tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(model))
-    opsdc.shard(opsdc.load_model(str(model), "auto"))
-    assert stop_tokens == [5, 9, 507]
-    (model / "generation_config.json").unlink()  # then config.json's
-    tokenizer.add_tokens(["Hmm!"])
-    tokenizer.save_pretrained(model)
-    assert opsdc.inspect_model(str(model))[1] == [507]
-    write(model / "chat_template.jinja", "Hmm! " + tokenizer.chat_template)
-    assert failure(opsdc.inspect_model, str(model)).endswith("a token 512, its vocabulary 512 tokens")
-
-
-def test_launchers_variables_that_do_not_fit(tmp_path, monkeypatch):
-    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
-    wrong = {"RANK": "one"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "-1"}, {"RANK": "1"}, two
-    for process in [Forked(*SHORT_RUN, "--out", tmp_path / "run", **env) for env in wrong]:
-        printed = process.end(code=2)
-        assert printed.startswith("error: RANK, LOCAL_RANK, WORLD_SIZE,") and printed.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(opsdc, "CUDA", True)  # and not a GPU
-    assert "process 0 finds no GPU of its own" in refusal(opsdc.main, code=1)
-
-
-SHARD, DAMAGED = "checkpoint/step_2/*-model-00002-*", "--resume: OUT/checkpoint/step_2 is damaged ("
-
-
-@pytest.mark.parametrize("harm, flags, message, code", (
-    (None, "", "already holds a run: continue it with --resume, or choose another folder", 2),
-    (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds", 2),
-    (None, "--resume --lr 1 --seed 5", "other settings (lr was 0.0003, is 1.0; seed was 0, is 5)", 2),
-    (("checkpoint", shutil.rmtree), "--resume", "--resume: the folder OUT/checkpoint is gone", 2),
-    (None, "--resume --steps 1", "--steps 1: the run in OUT is at step 2 already", 2),
-    (("config.json", lambda file: os.truncate(file, 50)), "--resume", "no good config.json of such a run", 2),
-    (("config.json", os.remove), "--resume", "no good config.json of such a run", 2),
-    ((SHARD, lambda file: os.truncate(file, 1000)), "--resume", DAMAGED, 1),
-    ((SHARD, lambda file: os.truncate(file, 0)), "--resume", DAMAGED, 1),
-    ((SHARD, os.remove), "--resume", DAMAGED, 1),
-    (("checkpoint/step_2", lambda folder: [os.remove(x) for x in folder.iterdir()]), "--resume", DAMAGED, 1),
-))  # fmt: skip
-def test_an_existing_run_is_kept_as_it_is(harm, flags, message, code, runs, tmp_path, monkeypatch):
-    out = shutil.copytree(runs[0], tmp_path / "run")
-    if harm:
-        harm[1](next(out.glob(harm[0])))
-    monkeypatch.setattr(opsdc, "start_processes", lambda: None)
-    logs = [log.read_bytes() for log in out.glob("*.jsonl")]
-    error = refusal(opsdc.main, *STEADY, "--out", out, *flags.split(), code=code)
-    assert message.replace("OUT", str(out)) in error
-    assert [log.read_bytes() for log in out.glob("*.jsonl")] == logs
-
-
-@pytest.mark.parametrize("file, old, new, what", (
-    ("data.jsonl", b"What", b"Tell", "prompts"),
-    ("model/chat_template.jinja", b"assistant\\n", b"Assistant\\n", "prompts"),
-    ("model/model.safetensors", b"\0", b"\1", "model_files"),
-    ("model/config.json", b"1e-06", b"2e-06", "model_files"),
-    ("model/generation_config.json", b": 507", b": 506", "model_files"),
-))  # fmt: skip
-def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, tmp_path, monkeypatch):
-    """Not with other contents under the same name, with the same size and time of change."""
-    copy_of_toy(tmp_path / "model")
-    file, data = tmp_path / file, tmp_path / "data.jsonl"
-    WRITE["jsonl"](data, PROBLEMS)
-    flags = (*SHORT_RUN, "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "run")
-    with monkeypatch.context() as patch:  # a run that ends as soon as it has its folder
-        patch.setattr(opsdc, "start_processes", lambda: opsdc.fail("enough"))
-        assert refusal(opsdc.main, *flags) == "enough"
-        assert refusal(opsdc.main, *flags, "--resume", "--save_every", 3) == "enough"
-    before, _, after = file.read_bytes().rpartition(old)
-    file.write_bytes(before + new + after)
-    os.utime(file, (1e9, 1e9))
-    error = refusal(opsdc.main, *flags, "--resume")
-    assert re.search(rf"holds a run of other settings \({what} was '\w+', is '\w+'\)", error)
-
-
-def test_a_run_tells_that_the_code_has_changed(tmp_path, capsys):
-    opsdc.open_run(tmp_path, {"resume": True})
-    opsdc.open_run(tmp_path, {"resume": True})
-    assert "other versions" not in capsys.readouterr().out
-    write(tmp_path / "config.json", {"versions": {"opsdc.py": "an older one"}})
-    opsdc.open_run(tmp_path, {"resume": True})
-    assert re.search("other versions of torch, .*opsdc.py", capsys.readouterr().out)
-
-
-def test_two_runs_at_once_in_one_folder(tmp_path):
-    out = tmp_path / "run"
-    first = started(out, "--steps", 1000)
-    error = refusal(opsdc.main, *STEADY, "--steps", 1000, "--out", out, "--resume")
-    assert first.processes[0].is_alive() and error == f"--out {out}: another process is writing there"
-    first.kill()
 
 
 if __name__ == "__main__":
