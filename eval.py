@@ -27,6 +27,7 @@ import re
 import signal
 import string
 import unicodedata
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,86 +67,122 @@ class Config:
 # ---------------------------------------------------------------------------------------------------- grading
 GRADING_SECONDS = 10  # for one comparison
 LONGEST_ANSWER = 1000  # characters; garbage is longer
-pool = None
-BOX = "[^{}]{0,1000}"
+pool = None  # of the one process that compares
+# Thinking as marked by Qwen and most others, Seed, Mistral, Cohere, gpt-oss, Gemma 4.
+THINKING_BEGINS = r"<(?:seed:)?think>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|>analysis|<\|channel>thought"
+THINKING_ENDS = r"</(?:seed:)?think>|\[/THINK]|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>|<channel\|>"
+BRACED = "[^{}]{0,1000}"
 for _ in range(5):  # braces within braces
-    BOX = rf"(?:[^{{}}]|\{{{BOX}\}}){{0,1000}}"
-BOX = rf"\\(?:boxed|fbox)\s*\{{({BOX})\}}"
-SIGNS = r"− - – - — - ⁄ / ∞ \infty π \pi ÷ \div · \cdot ⋅ \cdot ∈ \in ∪ \cup ∩ \cap ∅ \emptyset ° ^\circ"
-SIGNS += r" \\varnothing \emptyset percent(age)?\b \% ,?\s*\b(and|or)\b , (?<=\d)\s*x\s*(?=10\s*\^) \times"
-REWRITES = (  # what people write and what math-verify reads; SIGNS holds such pairs, too
-    (BOX, r"\1"),
-    (r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    *zip(SIGNS.split()[::2], (sign.replace("\\", r"\\") + " " for sign in SIGNS.split()[1::2])),
-    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " i "),  # alone, it is imaginary
-    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # x**2
-    (r"\\(?:displaystyle|left|right)(?![a-z])|\\?\$|[`€£]|\*\*|(?<!\\)\\[()\[\]]", ""),
-    (r"(?:\\?sqrt|√)\s*\(([^()]*)\)|(?:√|(?<!\\)sqrt)\s*(\d+|[a-z])", r"\\sqrt{\1\2}"),
-    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|arctan|log|ln)(?![a-zA-Z])", r"\\\1 "),
-    (r"(?<=\d)(?:\{,\}|,?\\[,:;! ]| )\s*(?=\d{3}(?!\d))", ""),  # 1 000
-    (r"(?<!\\)\\[,:;! ]|~", " "),
-    (r"(?<=\d)\s+(\d+)/\s*(\d+)(?!\d)", r"\\frac{\1}{\2}"),  # 2 1/2
-    (r"(?<=\d)[eE]([+-]?\s*\d+)\b", r"\\times 10^{\1}"),  # 3e8
-    (r"(\d*\.)(\d*)\\overline\{(\d+)\}",  # 0.1\overline{6} is 0.10 + 6/90
-     lambda m: f"({m[1]}{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
+    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}}){{0,1000}}"
+BOX = rf"\\(?:boxed|fbox)\s*\{{(?:({BRACED})\}})?"  # one that never closes holds nothing
+ARGUMENT = rf"\s*(?:\{{({BRACED})\}}|(\\[a-z]+|\w))"  # of \frac: in braces, a command, a digit or a letter
+SIGNS = {  # math-verify reads other signs, such as × and ≤, by itself
+    "−": "-", "–": "-", "—": "-", "⁄": "/", "÷": "/", "·": r"\cdot ", "⋅": r"\cdot ",
+    "∈": r"\in ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ",
+}  # fmt: skip
+LEAD = (  # what leads up to an answer
+    r"(?i)^(?:(?:[a-z ]{2}[^.:)]*)?\b(?:is|are|be|equals|answer|option|choice|letter|think|choose|pick|so"
+    r"|hence|thus|therefore|exactly)\b[\s:,=]+)*(?:=\s*|(?:an?|the) (?=[a-z]{3}))?"
 )
-# What leads up to an answer, and what is said after it: why, what it is not, something in brackets.
-LEAD = r"(?i)^((.*\banswer is|[a-z ,']*?\b(is|are|choose|think|pick)|so|hence|thus|therefore|the|final|answer"
-LEAD += r"|option|choice|letter|exactly|an?(?= [a-z]{3}))\b[\s,:]+)+"
-REMARK = r"[,\s]\s*\(?(since|because|altogether|in total|is (the )?(correct|right|best|answer))\b.*"
-REMARK += r"|,\s+(as|it)\b.*|[,(]\s*not\b.*|\s\((?!,)[^()]*(?<![\\a-z])[a-z]{3,}[^()]*\)$"
-# The letter of the one option named at the head: B, (b), B. Paris. Two are none.
-CHOICE = r"^[(\[]?([A-Za-z])(?:[)\]]?$|(?:[)\]]|[.:]\s|\s-)\s*(?!,|.*(?:\b[A-Z][.):](?!\S)|\([A-Z]\))))"
-# A unit stands behind a number: cm^2, square metres, km/h, clips. A million is none.
-UNIT = r"((?<=[\d})])|(?<=\\pi))( +(?!more|less|dozen|hundred|thousand|\w+illion)(sq\S* |cubic )?[a-zA-Z]{3,}"
-UNIT += r"|\s+[mgshLJNVWAK]|\s*([ckm][mgl]|ft|in)|\s*\^\W*circ\W*[CF]?)( ?\^\{?\d}?)?( ?(/|per )[a-z]+)?\s*$"
-# A word is one symbol, not a product of its letters.
-WORDS = r"(?<![\\{a-zA-Z])(?!infinity)[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*|^[a-zA-Z]{2}$"
+REMARK = (  # what follows it: why it is so, what it is not, something in brackets, the next sentence
+    r"\s\(?(?:since|because|altogether|in total|is (?:the )?(?:correct|right|best|answer))\b.*"
+    r"|[,(]\s*(?:as|it|not|which)\b.*|\s\((?!,)[^()]*(?<![\\a-z])[a-z]{3}[^()]*\)$"
+    r"|(?<=[\d})a-z])\.\s+(?!Or|But)[A-Z][a-z].*"
+)
+UNIT = (  # any word, but for "8 more" or "8 million"
+    r"(?:(?!more|less|dozen|hundred|thousand|[a-z]+illion)[a-zA-Z]{3,}|[ckm][mgl]|ft|in"
+    r"|(?<=[ /])[mgshLJNVWAK])(?: ?\^ ?\{?-?\d\}?)?"
+)
+UNITS = rf" ?(?:\^\W*circ\W*[CF]?|/? ?{UNIT}(?: ?[ /] ?{UNIT})*)(?=,|\W*$)"
+REWRITES = (  # what people write, and how math-verify reads it
+    (r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),  # \text{B}
+    (r"(?<=\d)(?:\{,\}|,?\\[,:;! ]| )\s*(?=\d{3}(?!\d))", ""),  # 1 000, 1\,000
+    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # x**2
+    (r"(?<!\\)\\[()\[\],:;! ]|~|<\|?\w+\|>", " "),  # \(8\), 8\,m, <|END_RESPONSE|>
+    (r"\\(?:displaystyle|left|right)(?![a-z])|\\?\$|[`€£\"“”☀-➿🌀-🫿]|\*\*", " "),  # $8$, **8**
+    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|arcsin|arccos|arctan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "),  # 2pi
+    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " i "),  # 2\sqrt{2}i
+    (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]|\\pi))", r"\\sqrt{\1\2}"),  # √13, \sqrt(13), \sqrt\pi
+    (rf"\\[dt]?(frac|binom){ARGUMENT}{ARGUMENT}", r"\\\1{\2\3}{\4\5}"),  # \frac\pi2, \frac{1}n
+    (r"(?<=\d)\s+(\d+)/\s*(\d+)(?!\d)", r"\\frac{\1}{\2}"),  # 2 1/2
+    (r"(?<=\d)\s*(?:[eE]|[x×]\s*10\s*\^)\s*\{?([+-]?\d+)\b\}?", r"\\times 10^{\1}"),  # 3e8, 3 x 10^8
+    (REMARK, ""),  # 8, not 9; 8 since 2 * 4 = 8; 8 (the last one); 8. It is even.
+    (LEAD, ""),  # The answer is 8; = 8; an ellipse
+    (rf"(?:(?<=[\d}})])|(?<=\\pi)){UNITS}", ""),  # 8 cm^2, 8 different ways
+)
 
 
 def grade(response, gold, truncated=False):
-    """Three verdicts on a response: {"answer": bool, "boxed": bool, "dual": bool}.
+    """Three verdicts on any text: {"answer": bool, "boxed": bool, "dual": bool}.
 
-    Only what follows the thinking counts, and nothing of a response that was cut off. Any text is allowed.
-    What cannot be compared within GRADING_SECONDS is wrong. "Answer:" at the head of a line goes first.
+    All are False if the response was cut off. What takes more than GRADING_SECONDS to compare is wrong.
     """
-    final = response.rpartition("</think>")[2]
-    if truncated or "<think>" in final:  # unfinished, or never done thinking
-        final = ""
-    line = r"answer[\s*_]*[:：][\s*_]*((?:\\\[|\$\$)?\s*[^\n]*)"  # the rest of the line, or the next
-    lines = re.findall(rf"(?im)^[ *_#>-]*(?:final )?{line}", final) or re.findall(f"(?i){line}", final)
-    boxes = [run[0] for run in re.finditer(rf"(?:{BOX}[\s$,;]*(?:and|or)?[\s$]*)+", final)]
-    neighbours = dict.fromkeys(re.findall(BOX, boxes[-1])) if boxes else ()  # \boxed{3} and \boxed{5}: a list
-    found = {"answer": lines[-1] if lines else "", "boxed": ", ".join(neighbours)}
-    verdicts = {kind: matches(gold, text) for kind, text in found.items()}
-    return verdicts | {"dual": any(verdicts.values())}
+    final = "" if truncated else after_thinking(response)
+    answer, boxed = matches(gold, last_answer_line(final)), matches(gold, last_box(final))
+    return {"answer": answer, "boxed": boxed, "dual": answer or boxed}
+
+
+def after_thinking(response):
+    """What follows the thinking. Nothing does if a thinking began and did not end."""
+    final = re.split(THINKING_ENDS, response)[-1]
+    return "" if re.search(THINKING_BEGINS, final) else final
+
+
+def last_answer_line(text):
+    """The rest of the last line "Answer: ...", or the next line. Lines that begin so go first."""
+    value = r"[\s*_}]*((?:\\\[|\$\$)(?s:.{0,1000}?)(?:\\\]|\$\$)|.*)"
+    anywhere = re.findall(rf"(?i)answer[ *_]*[:：]{value}", text)
+    at_head = re.findall(rf"(?im)^[ *_#>-]*(?:final )?answer[ *_]*(?:[:：]|$){value}", text)
+    return ["", *anywhere, *at_head][-1]
+
+
+def last_box(text):
+    r"""What stands in the last \boxed{}; \boxed{3} and \boxed{5} are a list. Nothing if it never closes."""
+    neighbours = rf"(?:{BOX}(?:[\s$,;]|\\[()]|and|or)*)+"
+    runs = ["", *(run[0] for run in re.finditer(neighbours, text))]
+    boxes = dict.fromkeys(re.findall(BOX, runs[-1]))
+    return "" if "" in boxes else ", ".join(boxes)
 
 
 def plain(text):
     """An answer without what surrounds it, written as math-verify reads it."""
-    text = re.sub("([⁰¹²³⁴-⁻]+)|([₀-₉]+)", lambda m: f"{'^' if m[1] else '_'}{{{m[0]}}}", text)
-    text = unicodedata.normalize("NFKC", text)  # of such characters, the common ones
+    text = last_box(text) or text
+    for digits, mark in ("[⁰¹²³⁴-⁻]+", "^"), ("[₀-₉]+", "_"):  # x² and 12₅
+        text = re.sub(f"({digits})", mark + r"{\1}", text)
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans(SIGNS))
     for pattern, written in REWRITES:
-        text = re.sub(pattern, written, text)
-    return text.strip(' \n\t*_"').rstrip(' .,;?*_"')
+        text = " ".join(re.sub(pattern, written, text).split()).strip("*_ ").rstrip("*_ .,:;?")
+    return text
+
+
+def chosen_letter(text):
+    """The letter of the one option that is named: B, (b), 'B', B. Paris. It is "" where none or two are."""
+    named = re.match(r"('?)[(\[{]*([A-Za-z])(?:[)\]}]+\1|\1(?=$|[.:]\s|\s-\s|\s\())(.*)", text)
+    another = r"^[.\s(]*(?:,|and\b|or\b)|(?<![(\w])[A-Z][.):](?!\S)|(?<!\w)\([A-Z]\)"  # B or C; B. x, C. y
+    if not named or re.search(another, named[3]):
+        return ""
+    return named[2].upper()
 
 
 def matches(gold, text):
+    """Whether both are the same letter, words or mathematics."""
     if max(len(gold), len(text)) > LONGEST_ANSWER:
         return False
     gold, text = plain(gold), plain(text)
-    if gold.replace(" ", "") == text.replace(" ", "") and not re.search(r"\d \d", text):
-        return text != ""
-    if len({base for x in (gold, text) for base in re.findall(r"\d_\{?(\d+)\}?$", x)}) > 1:  # 12_8, 12_9
-        return False
-    text = re.sub(LEAD, "", re.sub(REMARK, "", text))
     if re.fullmatch(r"\(?[A-Z]\)?", gold):
-        return [letter.upper() for letter in re.findall(CHOICE, text)] == [gold.strip("()")]
-    text = re.sub(r"\.\s+(?!Or|But)[A-Z].*", "", text)  # the next sentence
-    if len(set(re.findall(r"(\w+)\s*=", gold))) > 1 and not re.search("[=(]", text):  # x = 3, y = 2: in order
-        gold, text = f"({re.sub(r'[^,=]+=', '', gold)})", f"({text})"
-    sides = (re.sub(UNIT, "", side) for side in (gold, text))
-    return equivalent_within_time(*(re.sub(WORDS, lambda m: rf"\text{{{m[0].lower()}}}", x) for x in sides))
+        return chosen_letter(text) == gold.strip("()")
+    if gold.replace(" ", "").lower() == text.replace(" ", "").lower() and not re.search(r"\d \d", text):
+        return text != ""
+    words = r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*"
+    if re.fullmatch(words, gold) and re.fullmatch(words, text):  # as products, on and no would be equal
+        return False
+    bases = set(re.findall(r"(?m)\d_\{?(\d+)\}?$", f"{gold}\n{text}"))
+    if len(bases) > 1:  # 412_5 and 412_6
+        return False
+    names = set(re.findall(r"(\w+)\s*=", gold))
+    if len(names) > 1 and not re.search("[=(]", text):  # a = 1, b = 2 and 1, 2: the order counts
+        gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"
+    return equivalent_within_time(gold, text)
 
 
 @lru_cache(maxsize=100_000)  # samples of one problem mostly agree
@@ -174,11 +211,11 @@ def begin_grading():
 def equivalent(gold, text):
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Eq, Expr, Float, UnevaluatedExpr, false
+    from sympy import Eq, Expr, Float, Rational, UnevaluatedExpr, false
 
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
-    reading = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
-    latex = [LatexExtractionConfig(normalization_config=reading)]
+    normalization = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
+    latex = [LatexExtractionConfig(normalization_config=normalization)]
     sides = (parse(f"${side}$", latex, "no_fallback", "first_match") for side in (gold, text))
     (gold,), (text,) = sides  # what cannot be read raises an error here, which counts as wrong
     if isinstance(text, Eq) and text.lhs.is_number and text.doit() is false:  # 6 = 5
@@ -186,9 +223,11 @@ def equivalent(gold, text):
     if all(isinstance(x, Expr) and x.is_number for x in (gold, text)) and gold.is_finite is not False:
         # For math-verify, 10^-20 and 10^-21 are both about 0. A decimal has to be right to six digits.
         error = 1e-6 if gold.has(Float) or text.has(Float) else 1e-50
-        percent = (lambda hundredth: hundredth), (lambda hundredth: 1)  # 50% is 0.5 and 50
-        pairs = [[x.replace(UnevaluatedExpr, part) for x in (gold, text)] for part in percent]
-        return any(abs(a - b).evalf(60) <= abs(a).evalf(60) * error for a, b in pairs)
+        for percent in Rational(1, 100), 1:  # 50% is 0.5 and 50
+            a, b = (x.xreplace({UnevaluatedExpr(Rational(1, 100)): percent}) for x in (gold, text))
+            if abs(a - b).evalf(60) <= abs(a).evalf(60) * error:
+                return True
+        return False
     comparison = {"float_rounding": 15, "numeric_precision": 40, "allow_set_relation_comp": True}
     return bool(verify(gold, text, **comparison))
 
@@ -212,35 +251,28 @@ class Problem(NamedTuple):
 
 
 def load_problems(cfg, tokenizer, context):
-    """Returns a list of problems for each data set of --data, by the name that it has there."""
-    names = [name.strip() for name in cfg.data.split(",")]
-    if Path(cfg.data).exists():  # its name may hold a comma
-        names = [cfg.data]
-    if len(set(names)) < len(names):
-        fail(f"--data {cfg.data} names a data set twice")
-    problems, number = {}, 0
-    for name in names:
-        source, configuration = BENCHMARKS.get(name, (name, None))
-        split = ""
-        if not Path(source).exists():
-            source, _, split = source.partition(":")
+    """Returns the problems of each data set, by its name in --data."""
+    problems = {}
+    for name in re.split(r"\s*,\s*", cfg.data):
         problems[name] = []
+        source, configuration = BENCHMARKS.get(name, (name, None))
+        source, _, split = source.partition(":")
         try:
             rows = opsdc.load_rows(source, split, configuration)
-            for number, row in enumerate(itertools.islice(rows, cfg.limit or None), 1):
+            for row in itertools.islice(rows, cfg.limit or None):
                 row, gold = with_gold(row)
                 question = messages = opsdc.student_messages(row)
                 if cfg.instruction:
                     messages = opsdc.teacher_messages(row, cfg.instruction)
                 prompt = opsdc.prompt_ids(tokenizer, messages)
                 if len(prompt) >= context:
-                    raise ValueError(f"has {len(prompt)} tokens and fills the model's context of {context}")
+                    raise ValueError(f"a prompt of {len(prompt)} tokens, in a context of {context}")
                 groups = {key: str(row[key]) for key in GROUPS if key in row}
                 problems[name].append(Problem(question, prompt, gold, groups))
+            if not problems[name]:
+                raise ValueError("no rows")
         except (OSError, ValueError) as error:
-            fail(f"--data {name}, after row {len(problems[name])}: {error!r}")
-        if not problems[name]:
-            fail(f"--data {name} has no rows")
+            fail(f"--data {name}, after {len(problems[name])} rows: {error!r}")
     return problems
 
 
@@ -255,23 +287,18 @@ def with_gold(row):
     answer = row.get("answer", row.get("answerKey", ""))
     if answer == "" and "reward_model" in row:  # the form of the training set
         answer = row["reward_model"].get("ground_truth", "")
-    if answer == "" or isinstance(answer, bool | list | dict):
-        raise ValueError(f"no answer, but {', '.join(row)}")
     options, labels = row.get("choices") or row.get("options"), []
     if not options:
         gold = str(answer).rpartition("####")[2].strip()  # GSM8K's solutions end so
-        if not 0 < len(gold) <= LONGEST_ANSWER:
-            raise ValueError(f"an answer of {len(gold)} characters: give the final answer alone")
+        gold = last_answer_line(gold) or last_box(gold) or gold
+        if isinstance(answer, list | dict) or not 0 < len(gold) <= LONGEST_ANSWER:
+            raise ValueError(f"no answer of 1 to {LONGEST_ANSWER} characters, but {answer!r}")
         return row, gold
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label", [])
-    if not 1 < len(options) < 27:
-        raise ValueError(f"{len(options)} options instead of 2 to 26")
     letters = string.ascii_uppercase[: len(options)]
-    ways = [labels, letters, options]  # of naming an option
-    if isinstance(answer, int):
-        ways = [labels, range(len(options))]
-    for names in ways:
+    ways = [labels, range(len(options))] if isinstance(answer, int) else [labels, letters, options]
+    for names in ways:  # of the options
         names = list(map(str, names))
         if str(answer) in names:
             return row, letters[names.index(str(answer))]
@@ -314,24 +341,23 @@ def split_work(cfg, problems):
     """Returns units of (data set, problem, sample): each a 32nd of a data set, but at least 4 and at most 128
     times --batch_size. They do not depend on the number of processes, so neither do the results."""
     units = []
-    for name in problems:
-        numbers = itertools.product(range(len(problems[name])), range(cfg.samples_per_problem))
-        wanted = [(name, problem, i) for problem, i in numbers]
+    for name, some in problems.items():
+        wanted = list(itertools.product([name], range(len(some)), range(cfg.samples_per_problem)))
         size = min(max(len(wanted) // 32, 4 * cfg.batch_size), 128 * cfg.batch_size)
-        for first in range(0, len(wanted), size):
-            units.append(wanted[first : first + size])
+        units += [wanted[first : first + size] for first in range(0, len(wanted), size)]
     return units
 
 
 def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
-    """Write the responses of this process's units, graded: a file for each. A kill loses the unit that each
-    process is at."""
+    """Write and grade the responses of this process's units, a file for each: a kill loses one unit of each
+    process."""
     knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
     sampling = opsdc.sampling_settings(stop_tokens, *knobs)
     if not opsdc.reads_alike(model):
         fail(f"--model {cfg.model}: its logits change where a text is padded or read with a cache")
-    if reads_in_parts(model):  # the attention mask of a whole read grows with its square
-        sampling.prefill_chunk_size = 1024
+    with suppress(RuntimeError, ValueError, AttributeError):  # some caches cannot be filled in parts
+        if opsdc.reads_alike(model, part=4):
+            sampling.prefill_chunk_size = 1024  # the attention mask of a whole read grows with its square
     rows = cfg.batch_size
     for number in tqdm(range(RANK, len(units), WORLD), unit="unit", disable=NO_BAR):
         file = out / f"samples.{number}.jsonl"
@@ -349,22 +375,16 @@ def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
                     raise
                 rows //= 2
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
-        records = []
+        lines = []
         for (name, problem, i), x, ids in zip(units[number], chosen, responses):
             truncated = ids[-1] not in stop_tokens
             text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
-            opened = "<think>" * tokenizer.decode(x.prompt).rstrip().endswith("<think>")
+            opened = re.search(rf"(?:{THINKING_BEGINS})\s*$", tokenizer.decode(x.prompt))
             record = {"data": name, "problem": problem, "sample": i, **x.groups, "gold": x.gold}
             record |= {"response": text, "response_tokens": len(ids), "truncated": truncated}
-            records.append(json.dumps(record | grade(opened + text, x.gold, truncated)) + "\n")
-        opsdc.replace_file(file, "".join(records))
-
-
-def reads_in_parts(model):
-    try:
-        return opsdc.reads_alike(model, part=4)
-    except (RuntimeError, ValueError, AttributeError):  # its cache does not know how
-        return False
+            record |= grade("<think>" * bool(opened) + text, x.gold, truncated)
+            lines.append(json.dumps(record) + "\n")
+        opsdc.replace_file(file, "".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -422,39 +442,38 @@ def report(samples, baseline):
 def table(results):
     """Markdown, to be pasted as it stands."""
     heads = ["data", "problems x samples", "accuracy %", "by `Answer:`", "by boxed", "response tokens"]
-    heads += ["median", "truncated %"]
+    heads += ["median", "truncated %", "fewer tokens % (95 % CI)", "accuracy change (95 % CI)"]
     rows = []
     for name, x in results.items():
         row = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
-        for measure in MEASURES.values():
-            scale = 1 if measure == "response_tokens" else 100
-            cell = f"{scale * x[measure]:.1f}"
-            if x[f"{measure}_se"] is not None:
-                cell += f" ± {scale * x[f'{measure}_se']:.1f}"
-            row.append(cell)
+        row += [with_error(x, f"accuracy_{verdict}", 100) for verdict in ("dual", "answer", "boxed")]
+        row += [with_error(x, "response_tokens", 1)]
         row += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
-        versus = x.get("versus_baseline", {})
-        for measure in ("reduction", "accuracy_change")[: len(versus)]:
-            value, se = 100 * versus[measure], versus[f"{measure}_se"]
-            cell = f"{value:.1f}"
-            if se is not None and se > 1e-9:  # else all differences are equal
-                cell += f" ({value - 196 * se:.1f} to {value + 196 * se:.1f})"
-            row.append(cell)
+        if "versus_baseline" in x:
+            row += [with_interval(x["versus_baseline"], name) for name in ("reduction", "accuracy_change")]
         rows.append(row)
-    if versus:
-        heads += ["fewer tokens % (95 % CI)", "accuracy change (95 % CI)"]
+    heads = heads[: len(rows[0])]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def with_error(x, name, scale):
+    cell, se = f"{scale * x[name]:.1f}", x[f"{name}_se"]
+    return cell if se is None else f"{cell} ± {scale * se:.1f}"
+
+
+def with_interval(x, name):
+    value, se = 100 * x[name], x[f"{name}_se"] or 0
+    if se < 1e-9:  # one problem, or all differences are equal
+        return f"{value:.1f}"
+    return f"{value:.1f} ({value - 196 * se:.1f} to {value + 196 * se:.1f})"
 
 
 # -------------------------------------------------------------------------------------- the run, its settings
 def evaluate(cfg):
     tokenizer, stop_tokens, context, model_files = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    questions, short = {}, 0
-    for name in problems:
-        questions[name] = digest([(x.question, x.gold) for x in problems[name]])
-        short += sum(len(x.prompt) + cfg.max_response_tokens > context for x in problems[name])
+    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in problems.items()}
     baseline = load_baseline(cfg, questions) if cfg.baseline else {}
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
@@ -462,9 +481,6 @@ def evaluate(cfg):
     out = Path(cfg.out or f"runs/eval/{digest(settings)}-{Path(cfg.model).name}")
     opsdc.open_run(out, settings, True, __file__)
     opsdc.start_processes()
-    if short:
-        say(f"{short} problems have room for fewer than {cfg.max_response_tokens} tokens in the context")
-
     units, whole = split_work(cfg, problems), out / "samples.jsonl"
     if not whole.exists():
         model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
@@ -487,8 +503,6 @@ def evaluate(cfg):
 def load_baseline(cfg, questions):
     """Returns its results by data set. They must answer the same questions, sampled alike."""
     theirs = json.loads(Path(cfg.baseline).read_text())
-    if "results" not in theirs:
-        fail(f"--baseline {cfg.baseline} is not a results.json of eval.py")
     for name in ("temperature", "top_p", "top_k", "max_response_tokens"):
         if theirs[name] != getattr(cfg, name):
             fail(f"--baseline {cfg.baseline} was run with --{name} {theirs[name]}")

@@ -152,7 +152,7 @@ def train(cfg):
 
 
 def rollout(model, prompts, sampling, seed, rows=0):
-    """One response per prompt with plain `generate`, `rows` at a time (0: all). Returns the sampled ids, since
+    """One response per prompt with plain `generate`, `rows` at a time (0: all). Returns the sampled ids, as
     their text need not turn into the same ids again. A response ends at the cap or with its EOS, which is
     scored like any token: when to stop is what is being learnt."""
     torch.manual_seed(random.Random(repr(seed)).getrandbits(63))

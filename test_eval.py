@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -16,9 +15,22 @@ from transformers import AutoTokenizer, masking_utils
 
 import eval as evaluation
 import opsdc
-from test_opsdc import HERE, OUT_OF_MEMORY, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines
-from test_opsdc import plain_logits, process_group, refusal, steady_sampler, tiny  # noqa: F401, a fixture
-
+from test_opsdc import (  # noqa: F401, a fixture
+    HERE,
+    README,
+    TOY,
+    WRITE,
+    command,
+    copy_of_toy,
+    ended,
+    launch,
+    lines,
+    plain_logits,
+    process_group,
+    refusal,
+    steady_sampler,
+    tiny,
+)
 
 # ---------------------------------------------------------------------------------------------------- eval.py
 RIGHT = {"answer": True, "boxed": False, "dual": True}
@@ -32,7 +44,8 @@ def verdicts(final, gold, thinking="x", truncated=False):
 
 @pytest.mark.parametrize("gold, same, other", (
     ("\\frac{1}{2}", ("\\frac12", "\\dfrac{1}{2}", "1/2", "0.5", "$\\frac{1}{2}$", "\\(\\frac{1}{2}\\)",
-                      "$\\displaystyle \\frac{1}{2}$"), ("2", "\\frac{1}{3}", "", "> \\frac{1}{2}")),
+                      "$\\displaystyle \\frac{1}{2}$", "\\frac 1 2", "\\frac{1}2", "½"),
+     ("2", "\\frac{1}{3}", "", "> \\frac{1}{2}")),
     ("(3, \\frac{\\pi}{2})", ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(\\pi/2, 3)", "3")),
     ("[2,5)", ("\\left[2,5\\right)",), ("[2,5]", "(2,5)")),
     ("(-\\infty, 2) \\cup (3, \\infty)", ("(-\\infty,2)\\cup(3,\\infty)",),
@@ -42,22 +55,31 @@ def verdicts(final, gold, thinking="x", truncated=False):
     ("90^\\circ", ("90", "90 degrees", "90^{\\circ}", "90°"), ("9",)),
     ("50\\%", ("50\\%", "50%", "50", "50 percent", "0.5"), ("5\\%",)),
     ("7^{-40}", ("\\frac{1}{7^{40}}",), ("7^{-41}", "0", "7^{-40} + 7^{-41}")),
-    ("\\frac{1}{9}", ("0.1111111", "0.\\overline{1}"), ("0.11", "0.1111", "0.\\overline{2}")),
-    ("0.2\\overline{36}", ("13/55", "0.2\\overline{3636}"), ("0.236", "0.\\overline{236}")),
-    ("412_5", ("412_5", "412_{5}", "412"), ("412_6", "421_5")), ("[0,7)", ("0 \\le x < 7",), ("0 < x < 7",)),
+    ("\\frac{1}{9}", ("0.1111111",), ("0.11", "0.1111", "0.\\overline{2}")),
+    ("0.2\\overline{36}", ("0.2\\overline{36}",), ("0.236", "0.\\overline{236}")),
+    ("412_5", ("412_5", "412_{5}", "412", "412₅"), ("412_6", "421_5")),
+    ("[0,7)", ("0 \\le x < 7",), ("0 < x < 7",)),
     ("4 \\times 10^{-30}", ("4e-30", "4 × 10⁻³⁰", "4 x 10^{-30}"), ("4e-31", "4.1 \\times 10^{-30}")),
     ("8", ("8 m^2", "$8\\,\\mathrm{km}$", "8 pupils, altogether.", "8 km/h", "`8`", "8 (since 2*4)", "$8",
-           "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8."),
+           "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8.", "8 different ways", "8 ✅",
+            "= 8",
+           "The sum of $3$ and $5$ is $8$.", "8\\ \\text{m/s}^2", "\\mathbf{8}", "8 cm squared", "“8”"),
      ("> 8", "8 or more", "\\ne 8", "n \\ge 8", "9 = 8", "8 = 9", "8, 9", "8 cups and 3 cans", "8 million",
-      "8t", ".8", "not 8", "8 (or 9)", "8 < x")),
+      "8t", ".8", "not 8", "8 (or 9)", "8 < x", "8x", "8!", "at least 8", "8 dozen", "between 8 and 9")),
+    ("\\frac{\\pi}{2}", ("\\frac\\pi2", "\\frac\\pi{2}", "\\frac{\\pi}2"), ("\\frac\\pi3", "\\pi")),
+    ("\\sqrt{\\pi}", ("\\sqrt\\pi", "sqrt(pi)"), ("\\pi", "\\sqrt2")),
+    ("\\frac{\\sqrt{3}}{n}", ("\\frac{\\sqrt{3}}n", "\\frac{\\sqrt3}n"), ("\\frac{3}n",)),
+    ("10", ("\\binom52", "\\binom{5}2", "10^1"), ("\\binom51", "52")),
+    ("6, 8, 10", ("6 cm, 8 cm, 10 cm", "10, 8 and 6"), ("6, 8", "6810")),
     ("n > 4", ("4 < n", "(4, \\infty)", "n > 4"), ("4", "n \\ge 4", "n < 4")),
     ("12000", ("12 000", "12,000", "12\\,000", "12{,}000"), ("12", "12, 000")),
     ("\\frac{9}{4}", ("2 1/4", "2\\frac{1}{4}"), ("21/4",)),
     ("-2\\sqrt{7}", ("−2√7", "-2*sqrt(7)", "-√28"), ("2√7", "-2√6")),
     ("3\\pi", ("3π", "3*pi", "3 pi", "3π cm²"), ("3",)),
-    ("x^4-\\mathrm{e}^x", ("x⁴ - e^x", "x**4 - e^{x}"), ("x^4 + e^x",)),
+    ("x^4-\\mathrm{e}^x", ("x⁴ - e^x", "x**4 - e^{x}"), ("x^4 + e^x", "4x - e^x")),
     ("5-2i", ("5 - 2\\mathrm{i}", "-2i + 5"), ("5+2i", "3", "5")),
-    ("(-\\infty, 0)", ("(-∞, 0)",), ("(0, ∞)",)), ("\\emptyset", ("\\varnothing", "∅"), ("0",)),
+    ("2\\sqrt{2}i", ("2i\\sqrt{2}", "2√2 i"), ("2\\sqrt{2}",)),
+    ("(-\\infty, 0)", ("(-∞, 0)",), ("(0, ∞)",)), ("\\emptyset", ("∅",), ("0",)),
     ("3, -3", ("±3", "-3 or 3", "\\{3, -3\\}"), ("3", "-3")), ("1, \\ldots, n", ("1,\\ldots,n",), ("1, n",)),
     ("a = 1, b = 2", ("1, 2", "b = 2, a = 1"), ("2, 1",)), ("(2,1)", ("(2, 1)",), ("\\{1,2\\}", "(1,2)")),
     ("on", ("On",), ("no",)), ("\\text{Ada Byron}", ("ada byron", "It is Ada Byron."), ("Byron Ada", "Abad")),
@@ -69,9 +91,12 @@ def verdicts(final, gold, thinking="x", truncated=False):
     ("10,\\!080", ("10080", "10,080"), ("10", "80")),
     ("x=5", ("5", "x = 5"), ("y", "6")),
     ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "option b", "The answer is B",
-           "B) Paris", "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct"),
+           "B) Paris", "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct",
+           "'B'", "“B”", "{B}", "B (Rome)", "(B) P(A) is 1/2", "\\textbf{(B)}\\ 12",
+            "B. The mass is kept."),
      ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B", "B is wrong", "B = 2",
-      "Vitamin B", "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B")),
+      "Vitamin B", "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B", "B (or C)", "(B) and (C)", "BC",
+      "B_1")),
     ("D", ("D. Both A and B", "D. A and B", "It is d", "The correct answer is D", "D, not B",
            "D because B fails", "It is not B, the answer is D"),
      ("Not D", "neither D", "anything except D", "D. or E.", "5\\,\\text{D}", "20 °D")),
@@ -86,10 +111,32 @@ def test_grader(gold, same, other):
         assert verdicts(f"Answer: {answer}\n\\boxed{{{answer}}}", gold) == WRONG, answer
 
 
+@pytest.mark.parametrize("gold", ("The answer is 27.", "$\\boxed{27}$", "Answer: 27", "= 27", "**27**",
+                                  "x = 27", "27 apples", "So it is $\\boxed{27}$."))  # fmt: skip
+def test_golds_are_read_as_responses_are(gold):
+    assert verdicts("Answer: 27", gold) == verdicts("Answer: the sum is 27", gold) == RIGHT
+    assert verdicts("\\boxed{27}", gold) == BOXED and verdicts("Answer: 26", gold) == WRONG
+
+
+@pytest.mark.parametrize("begin, end", (
+    ("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("<|channel>thought\n", "<channel|>"),
+))  # fmt: skip
+def test_thinking_in_the_marks_of_each_family(begin, end):
+    assert evaluation.grade(f"{begin}Answer: 3{end}Answer: 4<|END_RESPONSE|>", "4") == RIGHT
+    assert evaluation.grade(f"{begin}Answer: 3{end}It is 4.", "3") == WRONG
+    assert evaluation.grade(f"{begin}Answer: 4", "4") == WRONG  # it began to think and did not end
+    assert evaluation.grade(f"<think>Answer: 3{end}Answer: 4", "4") == RIGHT  # begun in the prompt
+
+
 def test_grader_reads_the_final_answer_and_nothing_else():
     assert verdicts("Answer: 3\nNo.\nAnswer: 4", "4") == RIGHT  # the last line counts
     assert verdicts("Answer: 4\nNo.\nAnswer: 3", "4") == WRONG
     dresses = "**Answer:**\n\n$$4$$", "answer:\n\\[\n4\n\\]", "**Answer**: 4", "__Answer__: 4", "Answer：4"
+    dresses += "### Answer\n\n4", "**Final Answer**\n\n4", "## Final answer:\n4"
+    dresses += ("Answer:\n\\[\n\\frac{8}\n{2}\n\\]",)
     for dressed in dresses:
         assert verdicts(dressed, "4") == RIGHT, dressed
     assert verdicts("It is 4.", "4", thinking="Answer: 4 \\boxed{4}") == WRONG
@@ -104,7 +151,10 @@ def test_grader_reads_the_final_answer_and_nothing_else():
     assert verdicts("\\boxed{1} and \\boxed{2}", "1,2") == verdicts("\\fbox{3}, \\boxed {4}", "4,3") == BOXED
     assert verdicts("\\boxed{1} or \\boxed{2}", "2") == verdicts("\\boxed{C = 2}\nAnswer: A", "C") == WRONG
     assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
-    assert verdicts("\\boxed{4", "4") == WRONG
+    assert verdicts("\\boxed{\\boxed{4}}", "4") == verdicts("$\\boxed{4}$\n\n$\\boxed{4}$", "4") == BOXED
+    assert verdicts("\\boxed{4", "4") == verdicts("\\boxed{4} and \\boxed{4", "4") == WRONG
+    assert verdicts("\\boxed{4}. No, \\boxed{5", "4") == verdicts("\\boxed{4}. No, \\boxed{5", "5") == WRONG
+    assert verdicts("\\boxed{5. No, \\boxed{4}", "4") == BOXED
 
 
 def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
@@ -165,19 +215,21 @@ ARC = {"text": ["Rome", "Paris"], "label": ["1", "2"]}
 @pytest.mark.parametrize("row", (
     {"question": "Capital?", "choices": ["Rome", "Paris"], "answer": 1, "level": None},
     {"problem": "Capital?", "options": ["Rome", "Paris"], "answer": "B"},
-    {"prompt": "Capital?", "choices": ["Rome", "Paris"], "options": None, "answer": "Paris"},
-    {"prompt": [{"role": "user", "content": "Capital?"}], "choices": ARC, "answerKey": "2"},
+    {"problem": "Capital?", "choices": ["Rome", "Paris"], "options": None, "answer": "Paris"},
+    {"question": "Capital?", "choices": ARC, "answerKey": "2"},
     {"question": "Capital?", "options": ARC, "choices": [], "answerKey": 2},
     {"question": "Capital?", "choices": ARC, "reward_model": {"ground_truth": "B"}},
 ))  # fmt: skip
 def test_options_in_any_form(row):
     asked, gold = evaluation.with_gold(row)
-    assert gold == "B"
+    assert gold == "B" and evaluation.with_gold({"prompt": "A prompt with options.", **row})[1] == "B"
     assert "Capital?\n\nA. Rome\nB. Paris\n\n" in opsdc.student_messages(asked)[-1]["content"]
 
 
 @pytest.mark.parametrize("row, gold", (
     ({"answer": "2 + 16 = 18" * 200 + "\n#### 18"}, "18"),  # a solution ends in its answer
+    ({"answer": "$x = 4$, so\n**Answer:** 4"}, "4"),
+    ({"answer": "so $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
     ({"answer": "0.00001"}, "0.00001"), ({"answer": 0}, "0"),
     ({"reward_model": {"ground_truth": "34", "style": "rule"}}, "34"),  # as in DAPO-Math-17k
 ))  # fmt: skip
@@ -185,18 +237,12 @@ def test_gold_answers(row, gold):
     assert evaluation.with_gold({"question": "?", **row})[1] == gold
 
 
-@pytest.mark.parametrize("row, message", (
-    ({"answer": None}, "has no answer"), ({"answer": float("nan")}, "has no answer"),
-    ({"answer": [1]}, "has no answer"), ({"answer": True}, "has no answer"),
-    ({"reward_model": {"style": "rule"}}, "has no answer"),
-    ({"answer": "x" * 1834}, "1834 characters long; give the final answer alone"),
-    ({"choices": ["x"], "answer": 0}, "2 to 26 texts"),
-    ({"choices": ["x", "y"], "answer": "C"}, "'C' is none of its 2 options"),
-    ({"choices": ["x", "y"], "answer": 2}, "2 is none of its 2 options"),
-    ({"Question": "Which?", "Correct Answer": "x", "Incorrect Answer 1": "y"}, "2 to 26 texts"),
+@pytest.mark.parametrize("row", (
+    {}, {"answer": None}, {"answer": ""}, {"answer": ["4"]}, {"reward_model": {"style": "rule"}},
+    {"answer": "x" * 1834}, {"choices": ["x", "y"], "answer": "C"}, {"choices": ["x", "y"], "answer": 2},
 ))  # fmt: skip
-def test_what_cannot_be_graded_is_refused(row, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_graded_is_refused(row):
+    with pytest.raises(ValueError, match="no answer of 1 to 1000 characters|is none of 2 options"):
         evaluation.with_gold({"question": "Which?", **row})
 
 
@@ -256,7 +302,7 @@ def test_legs_and_padding_do_not_change_what_is_written(monkeypatch):
     """Greedy, each prompt alone in one call against all together in legs, two rows at a time or all. Texts
     are read in parts there: no attention mask is larger than [rows, 1,024, S]."""
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(TOY)
-    model, sizes, make = opsdc.load_model(TOY, "auto"), [], masking_utils.sdpa_mask
+    model, sizes, make = opsdc.load_model(TOY), [], masking_utils.sdpa_mask
     texts = ("What is 23 + 4 - 9?", "Compute 31 - 6 + 2 + 7 - 1.", "Calculate 20 + 5.")
     prompts = [opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": text})) for text in texts]
     prompts.append([6] * 1700)
@@ -276,8 +322,8 @@ def test_legs_and_padding_do_not_change_what_is_written(monkeypatch):
     assert 1024 * 1700 <= max(sizes) <= 4 * 1024 * 1800
 
 
-EVAL = ("--data", HERE / "toy" / "test.jsonl", "--limit", 16, "--n", 2, "--batch_size", 2)
-EVAL += ("--max_response_tokens", 150)
+EVAL = ("--data", HERE / "toy" / "test.jsonl", "--limit", 16, "--samples_per_problem", 2)
+EVAL += ("--batch_size", 2, "--max_response_tokens", 150)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +353,7 @@ def test_evaluation_of_the_toy(evaluated):
     assert summary["by"]["level"]["1"]["problems"] == 16
     assert summary["accuracy_dual"] == sum(s["dual"] for s in samples) / 32
     assert summary["response_tokens"] == sum(s["response_tokens"] for s in samples) / 32
-    assert results["n"] == 2 and results["versions"]["torch"] == torch.__version__
+    assert results["samples_per_problem"] == 2 and results["versions"]["torch"] == torch.__version__
     assert re.search(r"\| \S+test.jsonl \| 16 x 2 \|", printed)
 
 
@@ -315,19 +361,22 @@ def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_pat
     out, _, two = evaluated
     whole = (out / "samples.jsonl").read_text()
     assert (two / "samples.jsonl").read_text() == whole
-    flags = ("--model", out.parent / "model", *EVAL, "--out", tmp_path / "killed")
-    process = subprocess.Popen(command(*flags, script="eval.py"), cwd=HERE, stderr=subprocess.DEVNULL)
-    part = tmp_path / "killed" / "samples.0.jsonl"
-    while not part.exists() or part.stat().st_size == 0:
-        assert process.poll() is None
+    killed = tmp_path / "killed"
+    flags = ("--model", out.parent / "model", *EVAL, "--out", killed)
+    process = launch(command(*flags, script="eval.py"))
+    while not (killed / "samples.0.jsonl").exists():
+        assert process.poll() is None, ended(process)
         time.sleep(0.02)
     process.kill()
     process.wait()
-    before = part.read_text()
-    assert 0 < len(before) < len(whole)
-    part.write_text(before + before[:50])  # and a line cut short
-    assert "reusing" in ended(launch(command(*flags, script="eval.py")))
-    assert (tmp_path / "killed" / "samples.jsonl").read_text() == whole
+    before = {file: file.stat().st_mtime_ns for file in killed.glob("samples.*.jsonl")}
+    assert 0 < len(before) < 4 and not (killed / "samples.jsonl").exists()
+    process = launch(command(*flags, script="eval.py"))
+    while (killed / "samples.0.jsonl").exists():  # what was written is not written again
+        assert all(not file.exists() or file.stat().st_mtime_ns == time for file, time in before.items())
+    ended(process)
+    assert (killed / "samples.jsonl").read_text() == whole
+    assert not [*killed.glob("samples.*.jsonl")]
 
 
 def in_process(capsys, *flags):
@@ -340,89 +389,91 @@ def in_process(capsys, *flags):
     return capsys.readouterr().out
 
 
-def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys):
-    out, printed, _ = evaluated
+def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys, monkeypatch):
+    out, _, _ = evaluated
     model, whole = out.parent / "model", (out / "samples.jsonl").read_text()
     flags = ("--model", model, *EVAL, "--out", out)
-    again = in_process(capsys, *flags, "--baseline", out / "results.json")
-    assert "reusing 32 samples" in again and (out / "samples.jsonl").read_text() == whole
-    assert "| 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |" in again
-    changed = "n was 2, is 3; temperature was 0.6, is 1.0"
-    assert changed in refusal(evaluation.main, *flags, "--n", 3, "--temperature", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(opsdc, "load_model", None)
+        again = in_process(capsys, *flags, "--baseline", out / "results.json")
+    assert again.splitlines()[2].endswith("| 0.0 | 0.0 |")  # no interval where all differences are equal
+    assert "temperature was 0.6, is 1.0" in refusal(evaluation.main, *flags, "--temperature", 1)
     rows = [row | {"answer": "7"} for row in lines(HERE / "toy" / "test.jsonl")]
     WRITE["jsonl"](tmp_path / "test.jsonl", rows)
-    line = refusal(evaluation.main, *flags, "--data", tmp_path / "test.jsonl")
-    assert "data_rows was" in line and "questions was" in line
+    assert "questions was" in refusal(evaluation.main, *flags, "--data", tmp_path / "test.jsonl")
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     assert "model_files was" in refusal(evaluation.main, *flags)
-    os.utime(model / "model.safetensors", (0, 0))
     (model / "model.safetensors").write_bytes(weights)  # a time alone changes nothing
     in_process(capsys, *flags)
     assert (out / "samples.jsonl").read_text() == whole
 
 
-def test_odd_groups_and_a_long_prompt_do_no_harm(tmp_path, capsys):
+def test_two_data_sets_in_their_order_and_odd_groups(tmp_path, capsys):
     """Groups of mixed types, missing, a list. A prompt near the context's end lowers its own cap alone."""
     rows = [{"prompt": "What is 20 + 4?", "answer": "24", "level": level} for level in (1, "hard", [2], None)]
     rows += [{"prompt": "What is 20 + 4? " * 100, "answer": 24}]
-    rows += [{"prompt": "Compute 30 + 5.", "answer": "35", "subject": "sums"}]
     WRITE["jsonl"](tmp_path / "odd.jsonl", rows)
-    flags = ("--model", TOY, "--data", tmp_path / "odd.jsonl", "--n", 1, "--max_response_tokens", 150)
-    first = in_process(capsys, *flags, "--out", tmp_path / "one")
-    assert "1 of 6 problems have room for fewer than 150 tokens" in first
-    results = json.loads((tmp_path / "one" / "results.json").read_text())
-    (summary,) = results["results"].values()
-    assert summary["by"]["level"].keys() == {"1", "hard", "[2]"}
-    assert summary["by"]["subject"].keys() == {"sums"}
-    lengths = [s["response_tokens"] for s in lines(tmp_path / "one" / "samples.jsonl")]
+    WRITE["jsonl"](tmp_path / "a.jsonl", [{"prompt": "Compute 30 + 5.", "answer": "35", "subject": "sums"}])
+    flags = (
+        "--model",
+        TOY,
+        "--samples_per_problem",
+        1,
+        "--max_response_tokens",
+        150,
+        "--out",
+        tmp_path / "one",
+    )
+    printed = in_process(capsys, *flags, "--data", f"{tmp_path}/odd.jsonl, {tmp_path}/a.jsonl")
+    odd, other = json.loads((tmp_path / "one" / "results.json").read_text())["results"].values()
+    assert odd["by"]["level"].keys() == {"1", "hard", "[2]"} and "subject" not in odd["by"]
+    assert other["by"].keys() == {"subject"} and other["by"]["subject"].keys() == {"sums"}
+    samples = lines(tmp_path / "one" / "samples.jsonl")
+    assert [s["data"] for s in samples] == [f"{tmp_path}/odd.jsonl"] * 5 + [f"{tmp_path}/a.jsonl"]
+    assert printed.index("odd.jsonl | 5 x 1") < printed.index("a.jsonl | 1 x 1")
+    lengths = [s["response_tokens"] for s in samples]
     assert lengths[4] <= 1024 - 900 and max(lengths[:4]) > 60
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=range(4))
-def test_rows_are_halved_when_memory_runs_out(error, monkeypatch, tmp_path):
+def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
     def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
         tried.append(rows)
-        if rows > 2:
-            raise error
+        if rows > least:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [[5, 6]] * len(prompts)
 
     monkeypatch.setattr(evaluation, "rollout_in_legs", rollout_in_legs)
     tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
-    model, tried, part = opsdc.load_model(TOY, "auto"), [], tmp_path / "samples.0.jsonl"
-    cfg = evaluation.Config(model=TOY, data="toy", n=1, batch_size=8)
-    problems = [evaluation.Problem("toy", i, "", [1, 2], False, "1", {}) for i in range(40)]
-    evaluation.sample(cfg, problems, set(), model, tokenizer, stop_tokens, context, part)
-    assert tried == [8, 4, 2, 2] and len(lines(part)) == 40
-    error = RuntimeError("a cosmic ray")
-    with pytest.raises(RuntimeError, match="a cosmic ray"):
-        evaluation.sample(cfg, problems, set(), model, tokenizer, stop_tokens, context, part)
+    model, tried, least = opsdc.load_model(TOY), [], 2
+    cfg = evaluation.Config(model=TOY, samples_per_problem=1, batch_size=8)
+    problems = {"toy": [evaluation.Problem([], [1, 2], "1", {}) for i in range(40)]}
+    units = evaluation.split_work(cfg, problems)
+    evaluation.sample(cfg, problems, units, model, tokenizer, stop_tokens, context, tmp_path)
+    assert tried == [8, 4, 2, 2] and len([x for file in tmp_path.iterdir() for x in lines(file)]) == 40
+    least, other = 0, tmp_path / "other"
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluation.sample(cfg, problems, units, model, tokenizer, stop_tokens, context, other)
 
 
 @pytest.mark.parametrize("flags, message", (
-    (("--temperature", 0), "--temperature 0 gives the same response 2 times: add --n 1"),
-    (("--top_p", 0), "--top_p is 0.0, must be above 0 and at most 1"),
-    (("--n", 0), "--n is 0"),
+    (("--temperature", 0), "--temperature 0 gives the same response each time: add --samples_per_problem 1"),
+    (("--top_p", 0), "--top_p is 0.0, must be above 0"),
     (("--instruction", "V1"), "--instruction is 'V1', must be v1, v2 or a text"),
-    (("--instruction", "Be brief. " * 400), " tokens and fills the model's context of 1024"),
-    (("--data", "x.jsonl, ./x.jsonl"), "names a data set twice"),
-    (("--data", "missing.jsonl"), "--data missing.jsonl: [Errno 2] No such file"),
-    (("--data", f"{TOY}/test.jsonl,"), "names a data set twice, or none"),
-    (("--data", f"{TOY}/test.jsonl:nosuch"), "there are no rows in split nosuch (splits: train)"),
-    (("--data", HERE / "smollm2" / "train.jsonl"), "row 1: has no answer (found: prompt, topic)"),
+    (("--instruction", "Be brief. " * 400), " tokens, in a context of 1024"),
+    (("--data", "missing.jsonl"), "--data missing.jsonl, after 0 rows: FileNotFoundError("),
+    (("--data", "smollm2/train.jsonl"), "after 0 rows: ValueError(\"no answer of 1 to 1000"),
     (("--model", HERE / ".ci"), "Unrecognized model"),
-    (("--baseline", HERE / "toy" / "config.json"), "is not a results.json of eval.py"),
-    (("--baseline", "LIST"), "is not a results.json of eval.py"),
-    (("--baseline", "LESS"), "is not a results.json of eval.py"),
-    (("--baseline", "OTHER"), "problems (--limit?)"),
-    (("--baseline", "WARM"), "was run with --temperature 1.5, --top_k 5"),
-    (("--out", TOY), "holds files, but no good config.json of such a run"),
+    (("--baseline", "LACKS"), f"lacks {TOY}/test.jsonl; it has x.jsonl, y.jsonl"),
+    (("--baseline", "OTHER"), f"has other problems of {TOY}/test.jsonl (--limit?)"),
+    (("--baseline", "WARM"), "was run with --temperature 1.5"),
+    (("--out", TOY), "holds other files than a run's: choose another folder"),
 ))  # fmt: skip
 def test_wrong_input_to_eval(flags, message, evaluated, tmp_path):
     results = json.loads((evaluated[0] / "results.json").read_text())
-    baselines = {"LIST": [1], "LESS": results | {"results": {}}}
-    baselines["WARM"] = results | {"temperature": 1.5, "top_k": 5}
+    baselines = {"WARM": results | {"temperature": 1.5}}
     baselines["OTHER"] = results | {"questions": dict.fromkeys(results["questions"], "another")}
+    baselines["LACKS"] = results | {"questions": {"x.jsonl": "", "y.jsonl": ""}}
     for name, content in baselines.items():
         (tmp_path / name).write_text(json.dumps(content))
     flags = [str(tmp_path / flag if flag in baselines else flag) for flag in flags]

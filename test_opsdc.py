@@ -167,20 +167,6 @@ def test_scores_and_gradient_are_those_of_plain_autograd(tied, temperature):
         assert all(p.grad is None for p in sharded[1].parameters())
 
 
-def test_hooks_do_not_pile_up():
-    student, teacher = two()
-    counts = set()
-    for _ in range(3):
-        opsdc.accumulate_gradient(student, teacher, *ragged_batch(), opsdc.Config())
-        opsdc.unsharded(student, torch.float32)
-        for gather in (student.unshard, student.reshard):  # the whole weight and this process's share
-            gather()
-            weight = student.get_output_embeddings().weight
-            hooks = (getattr(weight, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad"))
-            counts.add((gather.__name__, *(len(some or ()) for some in hooks)))
-    assert len(counts) == 2, counts
-
-
 def test_fp32_weights_move_at_lr_1e_6_under_bf16_compute(monkeypatch):
     monkeypatch.setattr(opsdc, "COMPUTE_DTYPE", torch.bfloat16)
     student, teacher = (opsdc.shard(tiny(seed).bfloat16()).float() for seed in (0, 1))
@@ -239,6 +225,17 @@ def test_sampling_is_from_the_whole_vocabulary(temperature):
     assert (counts > 0).all() and chi_square < 112  # 60 degrees of freedom: exceeded once in 20,000
 
 
+def test_responses_may_be_written_a_few_at_a_time():
+    """In the order of the prompts. Greedy, they are the same; the random numbers are those of one seed."""
+    model, prompts = tiny(3), [[5, 6], [7], [8, 9, 10], [12] * 9, [4]]
+    greedy = opsdc.sampling_settings([1], 30, temperature=0)
+    assert opsdc.rollout(model, prompts, greedy, 0, rows=2) == opsdc.rollout(model, prompts, greedy, 0)
+    sampled = [
+        opsdc.rollout(model, [[5, 6]] * 4, opsdc.sampling_settings([1], 30), 0, rows) for rows in (0, 4, 2)
+    ]
+    assert sampled[0] == sampled[1] and sampled[2][:2] != sampled[2][2:]
+
+
 def test_responses_end_with_the_first_stop_token_or_at_the_cap():
     model, prompts = steady_sampler(), [[5, 6], [7], [8, 9, 10]] * 20
     model.generation_config = GenerationConfig()
@@ -287,14 +284,15 @@ def test_any_other_prompt():
 
 @pytest.mark.parametrize("template, text", (
     ("{{ enable_thinking }} {{ messages[0].content | trim }}", "True x"),
-    ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"), ("{{ strftime_now('%B %d, %Y') }}", "January 01, 2026"),
+    ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"),
+    ("{{ strftime_now('%B %d, %Y') }}", "January 01, 2026"),
     ("{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% endif %}", "2026-01-01"),
-    ("\n\n  {%- if messages %}\n{{ strftime_now('%d')|int + 1 }}{% endif %}", "2"),
     ("\n{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}\nDay: {{ f() }}", "\nDay: 2026"),
 ))  # fmt: skip
 def test_chat_templates_see_the_same_day_every_day(template, text):
     """And they are otherwise rendered as by transformers, with thinking asked for."""
-    tokenizer, messages = AutoTokenizer.from_pretrained(TOY, chat_template=template), [dict(role="user", content=" x ")]
+    tokenizer = AutoTokenizer.from_pretrained(TOY, chat_template=template)
+    messages = [{"role": "user", "content": " x "}]
     assert tokenizer.decode(opsdc.prompt_ids(tokenizer, messages)) == text
     if "strftime" not in template:
         plain = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
@@ -328,7 +326,7 @@ def test_each_epoch_is_covered_once(monkeypatch):
     assert drawn(3, batch_size=4) == [row for i in (2, 6, 10) for row in order[i : i + 2]]
 
 
-# ----------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------------------- the algorithm
 def test_algorithm_1_is_tagged_line_by_line():
     code = (HERE / "opsdc.py").read_text().replace(opsdc.__doc__, "")
     for i in range(1, 10):
@@ -433,7 +431,9 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     tokens = [m["response_tokens"] for m in metrics]
     assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
     assert "--- teacher_prompt ---" in printed and re.search(r"^step   16/16  loss ", printed, re.M)
-    contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout"
+    contract = (
+        "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout"
+    )
     assert {*contract.split(), "seconds_train", "peak_memory_gb"} <= metrics[0].keys()
     assert "\r" not in printed and "it/s" not in printed  # no bars where nobody looks
     config = json.loads((out / "config.json").read_text())
@@ -454,7 +454,7 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
 
 
-# ------------------------------------------------------------------------------------------- stops and resuming
+# ----------------------------------------------------------------------------------------- stops and resuming
 INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
     "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
     "killed before the export": (-signal.SIGKILL, ["step_2"]), "killed at random": (None, None),
@@ -470,7 +470,9 @@ def test_resumed_run_equals_an_uninterrupted_one(how, resumed, runs):
     assert os.listdir(out / "checkpoint") == ["step_4"]
     assert not [*out.rglob("*.partial"), *out.rglob("stale")]
     if how in ("SIGTERM", "SIGINT"):  # it has finished its step
-        assert (out / "step_3" / "model.safetensors").exists() and printed.count("stopping after this step") == 1
+        assert (out / "step_3" / "model.safetensors").exists() and printed.count(
+            "stopping after this step"
+        ) == 1
 
 
 def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tmp_path):
@@ -536,11 +538,6 @@ def test_what_ends_a_run(fault, code, message, tmp_path):
     assert message in printed and not [*tmp_path.glob("run/step_*")]
 
 
-def test_one_process_fails_and_all_stop(launched):
-    printed = ended(launched[1]["crash"], code=1)
-    assert "a cosmic ray" in printed and "step    1/100" in printed
-
-
 def test_a_step_returns_its_figures_on_every_process():
     """As a rule that acts on them must know them; a further figure of the tokens is logged by its name."""
     cfg, scores = opsdc.Config(out=os.devnull, log_rollouts=0), []
@@ -552,7 +549,9 @@ def test_a_step_returns_its_figures_on_every_process():
         figures = {"grad_norm": 1.0, "refreshed": False, "skipped": False, "seconds": 1.0}
         tokenizer = AutoTokenizer.from_pretrained(TOY)
         metrics = opsdc.log_step(cfg, 2, tokenizer, [9], [([5], [6])] * 2, [[5, 9], [5]], scores, figures)
-    assert metrics["loss"] == (2 + 5) / 2 and metrics["response_tokens"] == 1.5 and metrics["truncated"] == 0.5
+    assert (
+        metrics["loss"] == (2 + 5) / 2 and metrics["response_tokens"] == 1.5 and metrics["truncated"] == 0.5
+    )
     assert metrics["entropy"] == (1 + 1 + 4) / 3 and metrics["margin"] == (2 + 2 + 8) / 3
 
 
@@ -561,7 +560,7 @@ def test_a_step_returns_its_figures_on_every_process():
     (None, "", "already holds a run: continue it with --resume, or choose another folder"),
     (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds"),
     (None, "--resume --lr 1", ": lr was 0.0003, is 1.0: choose another folder"),
-    (("config.json", lambda file: write(file, {"clip": 0.05})), "--resume", ": clip was 0.05, is None: choose"),
+    (("config.json", lambda file: write(file, {"clip": 0.05})), "--resume", ": clip was 0.05, is None"),
     (("checkpoint", shutil.rmtree), "--resume", "has logs, but its folder checkpoint is gone"),
     (("checkpoint", shutil.rmtree), "", "already holds a run"),
     (("config.json", os.remove), "--resume", "holds other files than a run's: choose another folder"),
@@ -614,12 +613,6 @@ def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, t
     assert re.search(rf"run: {what} was '\w+', is '\w+'", error)
 
 
-def test_a_machine_that_does_not_see_the_folder(tmp_path):
-    assert "is not seen by this machine" in failure(
-        opsdc.load_checkpoint, opsdc.Config(out=str(tmp_path / "elsewhere")), {}, code=1
-    )
-
-
 # ----------------------------------------------------------------------------------------------------- models
 def spoilt(model, part, value):
     model.get_parameter(part).data[3] = value
@@ -647,7 +640,8 @@ def test_models_that_would_be_trained_wrongly_are_refused(make, message):
 
 
 @pytest.mark.parametrize("make, part", (
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None), (lambda: tiny(0, "Jamba", **JAMBA), None),
+    (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None),
+    (lambda: tiny(0, "Jamba", **JAMBA), None),
     (lambda: tiny(0, "Mamba", **MAMBA), None), (lambda: tiny(), None), (lambda: tiny(), 4),
 ))  # fmt: skip
 def test_models_that_are_let_through_are_read_rightly(make, part):
@@ -661,13 +655,7 @@ def test_models_that_are_let_through_are_read_rightly(make, part):
     assert type(model).__name__ != "JambaForCausalLM" or not opsdc.reads_alike(model, part=4)
 
 
-MOE = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
-MLA = dict(num_key_value_heads=2, head_dim=8, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8)
-MLA |= dict(qk_nope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1)
-WITH_BUFFERS = {
-    "Qwen3": {}, "Glm4Moe": MOE, "DeepseekV3": MOE | MLA,
-    "MiniMaxM2": dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
-}  # fmt: skip
+WITH_BUFFERS = {"Qwen3": {}, "MiniMaxM2": dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8)}
 
 
 @pytest.mark.parametrize("name", WITH_BUFFERS)
@@ -685,8 +673,8 @@ def test_a_step_is_saved_exported_and_resumed(name, tmp_path):
     teacher.load_state_dict(student.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     state = opsdc.training_state(student, teacher, optimizer)
-    assert len(state) == 5 * len([*model.parameters()])  # student, teacher, and what AdamW keeps
     cfg, (batch, responses) = opsdc.Config(out=str(tmp_path), resume=True), ragged_batch()
+    assert "is not seen by this machine" in failure(opsdc.load_checkpoint, cfg, state, code=1)
     write(tmp_path / "config.json", "")
     assert opsdc.load_checkpoint(cfg, state) == 0
     kl = token_kl(student, teacher, batch, responses)
@@ -753,12 +741,12 @@ LONG_ROPE_4 = {"model_type": "phi3", **SWITCH, "rope_scaling": {"type": "longrop
 @pytest.mark.parametrize("file, content, message", (
     ("config.json", None, "model cannot be read: "),
     ("chat_template*", None, "model: its tokenizer has no chat template"),
-    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "model cannot be read: "),
+    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "cannot be read: "),
     ("config.json", {"vocab_size": 400}, "model: its tokenizer is larger than its vocabulary"),
     ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
     ("config.json", LONG_ROPE_5, "--max_response_tokens 40: the model's context leaves 17"),
     ("config.json", LONG_ROPE_4, "--max_response_tokens 40: the model's context leaves 17"),
-    ("*config.json", {"eos_token_id": None, "eos_token": None}, "model: neither its config nor its tokenizer"),
+    ("*config.json", {"eos_token_id": None, "eos_token": None}, "neither its config nor its tokenizer"),
 ))  # fmt: skip
 def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
     model = copy_of_toy(tmp_path / "model")
@@ -775,7 +763,9 @@ WRITE = {
     "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
     "parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
     "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path),
-    "splits": lambda path, rows: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)).save_to_disk(path),
+    "splits": lambda path, rows: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)).save_to_disk(
+        path
+    ),
 }
 
 
@@ -813,9 +803,9 @@ def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", (
-    ("--steps 0", "--steps is 0, must be above 0"), ("--temperature 0", "--temperature is 0.0, must be above 0"),
+    ("--steps 0", "--steps is 0, must be above 0"), ("--temperature 0", "--temperature is 0.0, must be"),
     ("--lr nan", "--lr is nan, must be above 0"),
-    *((f"--instruction {x}", "--instruction is '.*', must be v1, v2 or a text") for x in ("' '", "V2.", "v3")),
+    *((f"--instruction {x}", "--instruction is '.*', must be v1, v2 or") for x in ("' '", "V2.", "v3")),
     ("--batch_size 6 --micro_batch_size 4", "--batch_size 6 must be a multiple of 4"),
     ("--lr high", "argument --lr: invalid float value: 'high'"),
     ("--divergence kl", "argument --divergence: invalid choice: 'kl'"),
@@ -883,7 +873,8 @@ def plain_scores(student, teacher, prompt, response, temperature=1.0):
 
 def token_kl(student, teacher, batch, responses):
     """The divergence of each response's tokens, [T] each."""
-    return [score["kl"] for score in opsdc.accumulate_gradient(student, teacher, batch, responses, opsdc.Config())]
+    scores = opsdc.accumulate_gradient(student, teacher, batch, responses, opsdc.Config())
+    return [score["kl"] for score in scores]
 
 
 def lines(path):
@@ -1028,16 +1019,8 @@ def in_steps(steps, act, function="accumulate_gradient"):
     setattr(opsdc, function, faulty)
 
 
-def kill(*_):
-    signal.raise_signal(signal.SIGKILL)
-
-
-def terminate(*_):
-    signal.raise_signal(signal.SIGTERM)
-
-
-def interrupt(*_):
-    signal.raise_signal(signal.SIGINT)
+def raising(*signals):
+    return lambda *_: [signal.raise_signal(number) for number in signals]
 
 
 def spoil_gradient(student, *_):
@@ -1047,19 +1030,19 @@ def spoil_gradient(student, *_):
 
 
 def kill_while_saving():
-    save = opsdc.dcp.save
-    opsdc.dcp.save = lambda *args, **kwargs: (save(*args, **kwargs), kill())
+    save, kill = opsdc.dcp.save, raising(signal.SIGKILL)
+    opsdc.dcp.save = lambda *args, **kwargs: kill(save(*args, **kwargs))
 
 
 FAULTS = {
     "crash": lambda: in_steps([2], Mock(side_effect=RuntimeError("a cosmic ray"))),
     "nan": lambda: in_steps([2], spoil_gradient),
     "nan on": lambda: in_steps(range(2, 9), spoil_gradient),
-    "SIGTERM": lambda: in_steps([3], terminate),
-    "SIGINT": lambda: in_steps([3], interrupt),
-    "a second signal": lambda: in_steps([3], lambda *_: (terminate(), interrupt())),
-    "killed in a step": lambda: in_steps([2], kill),
-    "killed before the export": lambda: in_steps([1], kill, "export"),
+    "SIGTERM": lambda: in_steps([3], raising(signal.SIGTERM)),
+    "SIGINT": lambda: in_steps([3], raising(signal.SIGINT)),
+    "a second signal": lambda: in_steps([3], raising(signal.SIGTERM, signal.SIGINT)),
+    "killed in a step": lambda: in_steps([2], raising(signal.SIGKILL)),
+    "killed before the export": lambda: in_steps([1], raising(signal.SIGKILL), "export"),
     "killed while saving": kill_while_saving,
 }
 
@@ -1067,16 +1050,13 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """Runs that start Python as a user does, all at once, while other tests go on: sixteen steps of the
-    README's toy command, and under torchrun two machines and a crash."""
+    README's toy command, and two machines under torchrun."""
     out = tmp_path_factory.mktemp("launched")
     toy = ("--model", TOY, "--data", f"{TOY}/train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
     toy += ("--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out / "toy")
     meet = f"--nnodes=2 --local-addr=127.0.0.1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}"
     agent = command(*STEADY, "--out", out / "machines", launcher=meet)
-    crash = ("--fault", "crash", *SHORT_RUN, "--out", out / "crash")
-    crash = command(*crash, launcher="--standalone --nproc_per_node=2", script="test_opsdc.py")
-    lines = {"toy": command(*toy), "machine 1": agent, "machine 2": agent, "crash": crash}
-    processes = {name: launch(line) for name, line in lines.items()}
+    processes = {"toy": launch(command(*toy)), "machine 1": launch(agent), "machine 2": launch(agent)}
     yield out, processes
     for process in processes.values():
         process.kill()
@@ -1152,8 +1132,8 @@ def begun(*flags):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """A function that returns the error line of a training run with these flags. No model may be loaded and nothing
-    written, and the hub is out of reach."""
+    """A function that returns the error line of a training run with these flags. No model may be loaded and
+    nothing written, and the hub is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     data = write(tmp_path / "good.jsonl", '{"prompt": "x"}')
