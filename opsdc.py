@@ -3,8 +3,8 @@ r"""OPSDC: On-Policy Self-Distillation for Reasoning Compression, in one file.
 A reasoning model overthinks. Here it learns from itself to think less. The *student* answers the plain
 problem x. The *teacher*, a copy of the same model, sees the same problem with a conciseness instruction c on
 top. Both score the student's own tokens, and the student is moved towards the teacher, token by token.
-Method: Sang, Xu, Zhou, He, Wang, Sun, 2026 (arXiv 2603.05433; CRISP from version 4 on). Its Algorithm 1,
-each tag of which stands once more beside the code that does it:
+Method: Sang, Xu, Zhou, He, Wang, Sun, 2026 (arXiv 2603.05433; CRISP from version 4 on). This is its
+Algorithm 1; each tag stands once more beside the code that does it:
 
     [1]  teacher <- student                                          (theta_bar <- theta_0)
          for step k = 1, 2, ...
@@ -103,6 +103,7 @@ def train(cfg):
     student = shard(load_model(cfg.model)).float()  # bf16 weights are too coarse for steps of 1e-6
     teacher = shard(load_model(cfg.model)).float().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())  # [1]
+    # AdamW's foreach would hold one more tensor of the size of all weights, in fp32.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=cfg.weight_decay, foreach=False)
     state = training_state(student, teacher, optimizer)
     last_step = load_checkpoint(cfg, state)
@@ -131,10 +132,8 @@ def train(cfg):
             optimizer.step()  # [9]
         optimizer.zero_grad()
         end = time.time()
-        figures = {
-            "grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped, "seconds": end - start,
-            "seconds_rollout": generated - start, "seconds_train": end - generated,
-        }  # fmt: skip
+        figures = {"grad_norm": grad_norm, "refreshed": refreshed, "skipped": skipped, "seconds": end - start}
+        figures |= {"seconds_rollout": generated - start, "seconds_train": end - generated}
         log_step(cfg, step, tokenizer, stop_tokens, batch, responses, scores, figures)
         bad_steps = bad_steps + 1 if skipped else 0
         if bad_steps == 3:
@@ -190,10 +189,10 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
             teacher_states = response_states(teacher, xc, y)  # [6]
         weight = torch.cat([torch.full((T,), 1 / (T * len(batch)), device=DEVICE) for T in lengths])  # [8]
         figures, grad_hidden, grad_head = loss_and_gradient(hidden, head, *teacher_states, weight, cfg)
+        teacher.reshard()  # FSDP would in a backward pass, which the teacher never has
         # No loss.backward(): the chain rule is finished by hand, and FSDP reduces both over the processes.
         head.grad = grad_head
         hidden.backward(grad_hidden)  # through the rest of the student
-        teacher.reshard()  # FSDP would in a backward pass, which the teacher never has
         for name, values in figures.items():
             for i, of_response in zip(rows, values.split(lengths)):
                 scores[i][name] = of_response

@@ -410,6 +410,13 @@ def test_teacher_is_refreshed_before_the_update_and_is_a_copy(runs):
         assert not torch.equal(late[f"teacher.{name}"], late[f"student.{name}"])
 
 
+def test_weights_and_moments_are_kept_in_fp32_where_the_files_are_bf16(tmp_path):
+    model = copy_of_toy(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.bfloat16).save_pretrained(model)
+    Forked(*SHORT_RUN, "--model", model, "--steps", 1, "--out", tmp_path / "run").end()
+    assert {x.dtype for x in checkpoint(tmp_path / "run", 1).values()} == {torch.float32}
+
+
 def test_random_numbers_depend_on_seed_step_and_process(tmp_path):
     """The same prompt again and again, by weights that hardly move."""
     data = write(tmp_path / "one.jsonl", '{"prompt": "What is 2 + 3?"}')
@@ -560,7 +567,7 @@ def test_a_step_returns_its_figures_on_every_process():
     (None, "", "already holds a run: continue it with --resume, or choose another folder"),
     (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds"),
     (None, "--resume --lr 1", ": lr was 0.0003, is 1.0: choose another folder"),
-    (("config.json", lambda file: write(file, {"clip": 0.05})), "--resume", ": clip was 0.05, is None"),
+    (("config.json", lambda file: write(file, {"a_fork's": 0.05})), "--resume", ": a_fork's was 0.05, is None"),
     (("checkpoint", shutil.rmtree), "--resume", "has logs, but its folder checkpoint is gone"),
     (("checkpoint", shutil.rmtree), "", "already holds a run"),
     (("config.json", os.remove), "--resume", "holds other files than a run's: choose another folder"),

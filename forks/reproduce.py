@@ -3,7 +3,7 @@
     pip install matplotlib                # which toy/reproduce.py wants; lora: peft accelerate
     python forks/reproduce.py             # all that is missing, one job per core at a time
     python forks/reproduce.py ema clip    # these variants only
-    python forks/reproduce.py table       # from what there is; the rest is empty or "not run"
+    python forks/reproduce.py table       # from what there is; other figures stay
 
 The page findings.md lists the runs, by variant and flags; README.md the best settings of each variant. To try
 other settings, add a row. What is done is skipped: after a stop, the same command goes on. Runs are kept in
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,15 +44,22 @@ def patch(name):
             shutil.copytree(work, code)
 
 
-def do(run):
-    """A run's training, if it has any, and its evaluations. Settings with three seeds go on to step 200."""
+def steps_of(run):
+    """Where a run is evaluated. Settings with three seeds go on to step 200."""
     name, _, flags = run.partition(" ")
-    out, steps = RUNS / folder(run), [100]
+    if name in MODELS or "--seed" in flags:
+        return [100]
+    last = 200 if set(three_seeds(run)) <= set(LISTED) else 100
+    return [step for step in STEPS if step <= last]
+
+
+def do(run):
+    """A run's training, if it has any, and its evaluations."""
+    name, _, flags = run.partition(" ")
+    out, steps = RUNS / folder(run), steps_of(run)
     if name not in MODELS:
-        last = 200 if set(three_seeds(run)) <= set(LISTED) else 100
-        steps = [step for step in STEPS if step == 100 or step <= last and "--seed" not in flags]
         line = f"{RUNS}/code/{name}/opsdc.py {TOY} --model toy {flags} --save_every 25 --resume"
-        call(f"{line} --steps {last}", out, f"step_{last}")
+        call(f"{line} --steps {steps[-1]}", out, f"step_{steps[-1]}")
     for step in steps:
         model = MODELS.get(name, out / f"step_{step}")
         evaluate(RUNS, run, step, model, "training", 4)
@@ -66,18 +74,23 @@ def variant(title):
     runs = [name] if name in MODELS else three_seeds(f"{name} {flags}".strip())
     text = "".join(file.read_text() for file in Path("forks").glob(f"{name}.patch"))  # OPSDC has none
     added, removed = (len(re.findall(line, text, re.M)) for line in (r"^\+(?!\+\+).", r"^-(?!--)."))
-    in_training, as_in_paper = (results(RUNS, runs, 100, sampling) for sampling in ("training", "paper"))
-    cells = tokens_and_accuracy(in_training) + tokens_and_accuracy(as_in_paper)
-    nats = entropy([RUNS / folder(run, 100, "signal") for run in runs], 1)
-    return [None, f"+{added} -{removed}" if text else "", *cells, nats, None]
+    cells = [None] * 5
+    with suppress(FileNotFoundError):  # not run here
+        in_training, as_in_paper = (results(RUNS, runs, 100, sampling) for sampling in ("training", "paper"))
+        cells = tokens_and_accuracy(in_training) + tokens_and_accuracy(as_in_paper)
+        cells.append(entropy([RUNS / folder(run, 100, "signal") for run in runs], 1))
+    return [None, f"+{added} -{removed}" if text else "", *cells, None]
 
 
 def course(title):
     """Cells of findings.md: tokens / accuracy % along a run."""
     run = title.split("`")[1]
-    points = [results(RUNS, [run], step) for step in STEPS] + [results(RUNS, [run], 100, "paper")]
-    pairs = [(x[0]["response_tokens"], 100 * x[0]["accuracy_dual"]) if x else () for x in points]
-    cells = [" / ".join(f"{figure:.1f}" for figure in pair) for pair in pairs]
+    found = {step: results(RUNS, [run], step) for step in steps_of(run)}
+    found["as in the paper"] = results(RUNS, [run], 100, "paper")
+    cells = []
+    for step in (*STEPS, "as in the paper"):
+        pairs = [f"{x['response_tokens']:.1f} / {100 * x['accuracy_dual']:.1f}" for x in found.get(step, [])]
+        cells.append("".join(pairs))  # one, or none where the run is not evaluated
     return [*cells, entropy([RUNS / folder(run, 100, "signal")], 1)]
 
 

@@ -36,9 +36,9 @@ def fork(request, tmp_path, monkeypatch):
         flags += ("--model", TOY, "--data", TOY / "train.jsonl", "--out", module.out, "--resume")
         flags += ("--steps", steps, "--batch_size", 4, "--max_response_tokens", 160, "--log_rollouts", 4)
         module.train(module.parse_args(module.Config, "", list(map(str, flags))))
-        metrics, rollouts = (module.read_lines(module.out / log) for log in module.LOGS)
+        metrics = module.read_lines(module.out / "metrics.jsonl")
         assert [x["step"] for x in metrics] == [*range(1, steps + 1)] and all(x["grad_norm"] for x in metrics)
-        return rollouts
+        return module.read_lines(module.out / "rollouts.jsonl")
 
     module.run, module.out, module.note_signals = run, tmp_path / "out", list  # pytest's handlers stay
     yield module
@@ -57,7 +57,7 @@ def checkpoint(fork, role):
 
 
 def log_probs(model, prompt, response):
-    """log q of every word at each response token, by a plain forward pass -> [T, V]."""
+    """log q at each response token, by a plain forward pass -> [T, V]."""
     return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 
 
@@ -143,12 +143,40 @@ def test_clip(fork):
     assert kl.max() == torch.tensor(0.02) and (kl < 0.02).any()
     torch.manual_seed(0)
     states = [torch.randn(rows, 8) for rows in (30, 61, 30, 61)]
-    kl = fork.loss_and_gradient(*states, torch.ones(30), fork.Config(clip=1e9))[0]
+    kl = fork.loss_and_gradient(*states, torch.ones(30), fork.Config(clip=1e9))[0]["kl"]
     cap = kl.quantile(0.5).item()
     small_ones = fork.loss_and_gradient(*states, (kl < cap).float(), fork.Config(clip=1e9))
     clipped = fork.loss_and_gradient(*states, torch.ones(30), fork.Config(clip=cap))
-    assert_close(clipped[0], kl.clamp(max=cap))
-    assert_close(clipped[2:], small_ones[2:])  # no gradient from those above the cap
+    assert_close(clipped[0]["kl"], kl.clamp(max=cap))
+    assert_close(clipped[1:], small_ones[1:])  # no gradient from those above the cap
+
+
+def test_entropy_weight(fork, monkeypatch):
+    fork.run("--entropy_unit", 0.1)
+    torch.manual_seed(0)
+    x, head, y, teacher_head = (torch.randn(rows, 8) for rows in (30, 61, 30, 61))
+    weight, found = torch.rand(30), []
+    for chunk in (1, 7, 30):
+        monkeypatch.setattr(fork, "CHUNK_LOGITS", chunk * 61)
+        found.append(fork.loss_and_gradient(x, head, y, teacher_head, weight, fork.Config(entropy_unit=0.5)))
+    log_q, log_p = (x @ head.T).log_softmax(-1), (y @ teacher_head.T).log_softmax(-1)
+    q, entropy = log_q.exp(), torch.distributions.Categorical(logits=log_q).entropy()
+    kl = (q * (log_q - log_p)).sum(-1)
+    grad = (weight * entropy / 0.5)[:, None] * q * (log_q - log_p - kl[:, None])  # in closed form
+    for figures, grad_hidden, grad_head in found:
+        assert_close(figures, {"entropy": entropy, "kl": kl}, rtol=1e-4, atol=1e-5)
+        assert_close((grad_hidden, grad_head), (grad @ head, grad.T @ x), rtol=1e-3, atol=1e-4)
+
+
+def test_shortest_of_n(fork):
+    group = fork.run("--responses_per_prompt", 3)[:4]  # the first step's
+    sampling = fork.sampling_settings(fork.inspect_model(TOY)[1], 160)
+    thrice = [x["student_prompt_ids"] for x in group for _ in range(3)]
+    written = fork.rollout(toy(), thrice, sampling, (0, 1, 0))
+    for rollout, three in zip(group, (written[:3], written[3:6], written[6:9], written[9:])):
+        lengths = sorted(map(len, three))
+        assert len(rollout["response_ids"]) == lengths[0] < lengths[2]
+        assert rollout["response_ids"] in three
 
 
 def test_lora(fork):
