@@ -222,7 +222,7 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
     matmul is done twice. In bf16 the small differences of late training would be lost."""
     hidden, head = student_hidden.float(), student_head.float()
     teacher_hidden, teacher_head = teacher_hidden.float(), teacher_head.float()
-    figures = {"entropy": [], "kl": []}
+    figures = {"entropy": torch.empty_like(weight), "kl": torch.empty_like(weight)}
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     chunk_tokens = max(1, CHUNK_LOGITS // len(head))
     for first in range(0, len(hidden), chunk_tokens):
@@ -236,10 +236,9 @@ def loss_and_gradient(student_hidden, student_head, teacher_hidden, teacher_head
         grad /= cfg.temperature  # as the logits were
         grad_hidden[chunk] = grad @ head
         grad_head.addmm_(grad.T, hidden[chunk])  # adds in place: no second [V, H]
-        figures["entropy"].append(-(log_q.exp() * log_q).sum(-1))
-        figures["kl"].append(kl.detach())
+        figures["entropy"][chunk] = -(log_q.exp() * log_q).sum(-1)
+        figures["kl"][chunk] = kl
         del logits, log_p, log_q, kl, grad  # before those of the next chunk are made
-    figures = {name: torch.cat(values) for name, values in figures.items()}
     return figures, grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
 
 

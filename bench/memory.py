@@ -61,50 +61,68 @@ def by_use():
 
 
 def gpus():
-    """What fits. Shorter responses are tried while a card would hold what does not depend on them."""
+    """What fits: the longest cap on responses, and with it the most rows that a process writes at a time.
+    "8,192 x 4" is four of them (--rollout_micro_batch_size 4), "8,192" is all. Fewer rows and shorter
+    responses are tried while a card would hold what does not depend on them."""
     cards, room = (24, 48, 80, 141), 0.9  # CUDA, NCCL, cuBLAS and fragmentation have the rest of a card
     print("| model | GPUs | peak GB | state |", " | ".join(f"{card} GB" for card in cards), "|")
     print("| --- |" + " ---: |" * 7)
     for name, world in itertools.product(list(SIZES)[:6], (1, 2, 4, 8, 16)):
-        totals, longest = [], {}
+        share, totals, longest = BATCH // world, [], {}
         for cap in (T, T // 2, T // 4, T // 8):
-            peaks = step_memory("simulated", name, world, BATCH // world, P, cap, 1).values()
-            totals.append(max(peak.total() for peak in peaks) / 1e9)
-            state = max(sum(peak[use] for use in USES[:5]) for peak in peaks) / 1e9
-            longest = {card: f"{cap:,}" for card in cards if totals[-1] <= room * card} | longest
-            if all(card in longest or state > room * card for card in cards):
+            peaks = step_memory("simulated", name, world, share, P, cap, 1)
+            state = max(sum(peak[use] for use in USES[:5]) for peak in peaks.values()) / 1e9
+            generating = peaks.pop("generating").total() / 1e9
+            training = max(peak.total() for peak in peaks.values()) / 1e9
+            totals.append(max(generating, training))
+            rows, least = share, max(state, training)
+            while True:
+                for card in cards:
+                    if max(generating, training) <= room * card:
+                        longest.setdefault(card, f"{cap:,}" if rows == share else f"{cap:,} x {rows}")
+                missing = [card for card in cards if card not in longest]
+                if rows == 1 or all(least > room * card for card in missing):
+                    break
+                rows //= 2
+                peaks = step_memory("simulated", name, world, share, P, cap, 0, rows)
+                generating = peaks["generating"].total() / 1e9
+            if all(state > room * card for card in missing):
                 break
         cells = (longest.get(card, "no") for card in cards)
         print(f"| {name} | {world} | {totals[0]:.1f} | {state:.1f} |", " | ".join(cells), "|", flush=True)
 
 
 def hours():
-    """100 steps. A rollout is the longest response, token by token; training has responses of mean length."""
+    """100 steps. A rollout is the longest response, token by token, as often as its rows are written a few at
+    a time; training has responses of mean length."""
     cards = {"24 GB": (0.9, 60, 30), "H100": (3, 400, 200), "H200": (4.3, 400, 200)}  # TB/s, TFLOP/s
-    print("| | GPUs | prompts | rollout, s | training, s | hours | GPU hours |\n| --- |" + " ---: |" * 6)
-    for name, card, world, cap in (
-        ("0.6B", "24 GB", 1, T // 4), ("0.6B", "H100", 1, T), ("1.7B", "H100", 1, T), ("4B", "H100", 2, T),
-        *(("8B", "H100", 2**i, T) for i in range(2, 7)), ("14B", "H100", 8, T), ("32B", "H200", 16, T),
+    print("| at most 8,192 tokens | GPUs | rows | rollout, s | training, s | hours | GPU hours |")
+    print("| --- |" + " ---: |" * 6)
+    for name, card, world, rows in (
+        ("0.6B", "24 GB", 1, 8), ("0.6B", "H100", 1, 32), ("1.7B", "H100", 1, 32), ("4B", "H100", 2, 16),
+        *(("8B", "H100", 2**i, max(1, 32 // 2**i)) for i in range(2, 7)), ("14B", "H100", 8, 4),
+        ("32B", "H200", 16, 2),
     ):  # fmt: skip
         read, bf16, tf32 = (1e12 * speed for speed in cards[card])
         hidden, layers, heads, intermediate, vocabulary, _ = SIZES[f"Qwen3-{name}"]
         body, head = layers * hidden * (256 * (heads + 8) + 3 * intermediate), hidden * vocabulary
-        batch, mean, prompt = max(BATCH, world), min(6000, 0.88 * cap), 256
-        cache = 3 * batch / world * layers * 2 * 8 * 128 * 2  # bytes that are moved for each token in it
+        batch, mean, prompt = max(BATCH, world), 6000, 256
+        cache = 3 * rows * layers * 2 * 8 * 128 * 2  # bytes that are moved for each token in it
         token = max((2.8 + 0.73 * layers) / 1000, 2 * (body + head) / read)  # 6 layers: 7.2 ms, 36: 29
-        rollout = sum(token + cache * (prompt + t) / read for t in range(cap))
+        rollout = batch / world / rows * sum(token + cache * (prompt + t) / read for t in range(T))
         S = prompt + mean
         train = 10 * body * S / bf16 + 5.5 * 2 * S * S * heads * 128 * layers / bf16 + 8 * head * mean / tf32
         train += 10 * (body + 2 * head) * (1 - 1 / world) / (150e9 if world <= 8 else 40e9)
         train *= batch / world
         total = 100 * (rollout + train) / 3600
-        cells = world, batch, f"{rollout:.0f}", f"{train:.0f}", f"{total:.1f}", f"{world * total:.0f}"
-        print(f"| Qwen3-{name}, {card}, at most {cap:,} tokens |", " | ".join(map(str, cells)), "|")
+        cells = world, rows, f"{rollout:.0f}", f"{train:.0f}", f"{total:.1f}", f"{world * total:.0f}"
+        print(f"| Qwen3-{name}, {card} |", " | ".join(map(str, cells)), "|")
 
 
 def step_memory(how, *case):
-    """-> {phase: {use: bytes}}, from a process (or several) of its own. A case is a model, the number of
-    processes, prompts of one process, tokens of a prompt, of a response, and the largest micro-batch."""
+    """Bytes by phase and use, from a process (or several) of its own. A case is a model, the number of
+    processes, prompts of one process, tokens of a prompt, of a response, the largest micro-batch (0: no
+    training), and the rows that a process writes at a time, if not all."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case[1]}"]
     command = [sys.executable, *(launcher if how == "measured" else []), __file__, how, *map(str, case)]
     env = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
@@ -113,55 +131,58 @@ def step_memory(how, *case):
     return {phase: Counter(peak) for phase, peak in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def make_model(name, dtype):
+def make_model(name):
     """Random weights in host memory; "Qwen3-8B/5" has five layers. If there is a GPU, it draws them."""
     name, _, fewer = name.partition("/")
     sizes = dict(zip(KEYS.split(), SIZES[name]))
     sizes["num_hidden_layers"] = int(fewer or sizes["num_hidden_layers"])
     config = Qwen3Config(**sizes, num_key_value_heads=min(8, sizes["num_attention_heads"]), head_dim=128)
     with opsdc.DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=opsdc.COMPUTE_DTYPE)
     return model.cpu().eval() if opsdc.DEVICE.type == "cuda" else model.eval()
 
 
-def one_step(name, share, P, T, largest, memory, write):
-    """Load a model, write `share` responses of T tokens to prompts of P, train on two of them, as train()
-    does -> {phase: its peak}."""
+def one_step(name, share, P, T, largest, rows, memory, write):
+    """Load a model, write `share` responses of T tokens to prompts of P, `rows` at a time (0: all), train on
+    two of them, as train() does. Returns the peak of each phase."""
     with patch.object(opsdc, "CUDA", True):  # activation checkpointing, as on GPUs
         memory.use = "parameters"
-        student = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).float()
+        student = opsdc.shard(make_model(name)).float()
         memory.use = "teacher"
-        teacher = opsdc.shard(make_model(name, opsdc.COMPUTE_DTYPE)).requires_grad_(False)
+        teacher = opsdc.shard(make_model(name)).float().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     memory.use = "Adam moments"
-    optimizer = torch.optim.AdamW(student.parameters(), foreach=True)  # which it chooses by itself on a GPU
+    optimizer = torch.optim.AdamW(student.parameters(), foreach=False)
     opsdc.training_state(student, teacher, optimizer)
     memory.take_peak()  # of loading: not wanted
     memory.use = "activations"
     prompts = [([1] * (P - i), [1] * P) for i in range(share)]
-    write(opsdc.unsharded(student, opsdc.COMPUTE_DTYPE), [x for x, _ in prompts], T)
+    write(opsdc.unsharded(student, opsdc.COMPUTE_DTYPE), [x for x, _ in prompts], T, rows)
     peaks = {"generating": memory.take_peak()}
+    if largest == 0:
+        return peaks
     for size in range(1, largest + 1):
         cfg = opsdc.Config(micro_batch_size=size)  # of two micro-batches of one, the second finds gradients
         opsdc.accumulate_gradient(student, teacher, prompts[:2], [[1] * T] * len(prompts[:2]), cfg)
         peaks[f"training in micro-batches of {size}"] = memory.take_peak()
-    memory.use = "Adam moments"  # and square roots of them, all at once
+    memory.use = "Adam moments"  # and the square root of one of them
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()
     return peaks | {"AdamW's step": memory.take_peak()}
 
 
-def write_responses(model, prompts, T):
+def write_responses(model, prompts, T, rows):
     """T tokens each: without its EOS no response ends early."""
     sampling = opsdc.sampling_settings([0], T)
     sampling.suppress_tokens = [0]
-    opsdc.rollout(model, prompts, sampling, 0)
+    opsdc.rollout(model, prompts, sampling, 0, rows)
 
 
 @torch.no_grad()
-def write_first_and_last(model, prompts, T):
+def write_first_and_last(model, prompts, T, rows):
     """The forward passes of generate() that need most: of the prompts, and of the last token but one. Its
-    loop depends on data, which a simulation has not."""
+    loop depends on data, which a simulation has not. The first rows stand for all."""
+    prompts = prompts[: rows or len(prompts)]
     P = len(prompts[0])
     cache, ids = DynamicCache(config=model.config), torch.zeros(len(prompts), P, dtype=torch.long)
     mask = torch.ones(len(prompts), P + T - 1, dtype=torch.long)  # of texts padded on the left
@@ -211,7 +232,7 @@ class Simulated(TorchDispatchMode):
             self.peak = self.now.copy()
 
 
-def simulate(name, world, *case):
+def simulate(name, world, share, P, T, largest, rows=0):
     """one_step() on tensors without data, made to do what it would on a GPU. Much of it is no public API."""
     from torch._subclasses import FakeTensorMode
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -224,7 +245,7 @@ def simulate(name, world, *case):
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = opsdc.dist.init_device_mesh("cpu", (world,))
     opsdc.dist.init_device_mesh = lambda *_, **__: mesh  # made before: it and the next two read data
-    opsdc.misreading = lambda *_, **__: ""
+    opsdc.check_model = lambda model: None
     masking_utils.find_packed_sequence_indices = lambda positions: None  # several texts in a row: here never
     if not name.startswith("small"):  # these are compared with processes on a CPU
         opsdc.COMPUTE_DTYPE, opsdc.CHUNK_LOGITS = torch.bfloat16, 2**25  # as opsdc.py's on a GPU
@@ -245,11 +266,11 @@ def simulate(name, world, *case):
         # what these make counts as of this use
         setattr(owner, name_of, patch.object(memory, "use", use)(getattr(owner, name_of)))
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
-        report(one_step(name, *case, memory, write_first_and_last))
+        report(one_step(name, share, P, T, largest, rows, memory, write_first_and_last))
 
 
-def measure(name, world, *case):
-    """one_step() for real -> bytes by which resident memory exceeds, at its peak, what it was at first."""
+def measure(name, world, share, P, T, largest, rows=0):
+    """one_step() for real: bytes by which resident memory exceeds, at its peak, what it was at first."""
 
     def take_peak():  # since the last call
         status = Path("/proc/self/status").read_text()
@@ -258,10 +279,10 @@ def measure(name, world, *case):
 
     opsdc.start_processes()
     memory = SimpleNamespace(take_peak=take_peak)
-    one_step("tiny", 2, 5, 3, 2, memory, write_responses)  # libraries take what they keep
+    one_step("tiny", 2, 5, 3, 2, 0, memory, write_responses)  # libraries take what they keep
     take_peak()
     first = take_peak()  # what is resident now
-    peaks = one_step(name, *case, memory, write_responses)
+    peaks = one_step(name, share, P, T, largest, rows, memory, write_responses)
     report({phase: {"resident": peak - first} for phase, peak in peaks.items()})
 
 

@@ -2,13 +2,14 @@
 
     python bench/speed.py toy     # a training step on the toy, beside TRL's SDFTTrainer
     python bench/speed.py wide    # the same with a random model that has Qwen3's vocabulary
-    python bench/speed.py loss    # the loss and its gradients alone, beside the four matmuls in them
+    python bench/speed.py loss    # the loss and its gradients alone, beside TRL's and the matmuls in them
 
-The first two need: pip install trl==1.16.0 peft. Three rounds, or as many as a second argument says. All runs
+They need: pip install trl==1.16.0 peft. Three rounds, or as many as a second argument says. All runs
 on one thread, and seconds are CPU time, which other programs disturb less.
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -38,8 +39,8 @@ SIDES = {
     "toy": (("opsdc.py", 4), ("TRL", 4)),  # who, and how many sequences at a time
     "wide": (("opsdc.py", 4), ("TRL", 4), ("TRL", 1)),
     "loss": (  # how, hidden size, tokens
-        ("opsdc.py", 512, 1024), ("four matmuls", 512, 1024), ("opsdc.py", 512, 8192),
-        ("four matmuls", 512, 8192), ("opsdc.py", 4096, 1024), ("four matmuls", 4096, 1024),
+        ("opsdc.py", 512, 1024), ("TRL", 512, 1024), ("four matmuls", 512, 1024),
+        ("opsdc.py", 4096, 256), ("TRL", 4096, 256), ("four matmuls", 4096, 256),
     ),
 }  # fmt: skip
 WORK = {  # the first step warms up and is not counted
@@ -69,7 +70,7 @@ def peak_gb():
 
 
 def measure_step(part, side, micro_batch_size):
-    """-> means of a step, the first loss, the peak. All sides write the same tokens in the first step, and
+    """Means of a step, the first loss, the peak. All sides write the same tokens in the first step, and
     nearly the same later."""
     ends, spent = [], Counter()
 
@@ -117,8 +118,7 @@ def make_trainer(cfg):
     here); norms are not decayed; responses are padded to the batch's longest; AdamW is the fused one."""
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    rows = list(opsdc.load_rows(cfg.data, cfg.split))
-    drawn = [one for step in range(1, cfg.steps + 1) for one in opsdc.draw_batch(rows, step, cfg)]
+    drawn = sum(opsdc.shuffled_batches(opsdc.load_rows(cfg.data), cfg), [])
     c = opsdc.INSTRUCTIONS[cfg.instruction]
     settings = SDFTConfig(
         teacher_model_kind="ema", teacher_update_rate=1.0, teacher_sync_steps=cfg.refresh_every,
@@ -138,23 +138,36 @@ def make_trainer(cfg):
 
 
 def measure_loss(part, how, hidden, tokens):
-    """Seconds, and the GB by which the process grew above its inputs. The four matmuls are what no way of
-    computing the loss can spare; a gradient of the logits has their shape."""
+    """Seconds, the GB by which the process grew above its inputs, the loss and its gradients' norms. The four
+    matmuls are what no way of computing the loss can spare; a gradient of the logits has their shape."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
     torch.manual_seed(0)
     shapes = [tokens, WORDS, tokens, WORDS]  # student: hidden states, LM head; teacher: the same
     x, head, y, teacher_head = (torch.empty(rows, hidden).normal_(std=hidden**-0.25) for rows in shapes)
     weight, chunk = torch.full((tokens,), 1 / tokens), opsdc.CHUNK_LOGITS // WORDS
+    loss = torch.tensor(math.nan)  # which the matmuls have not
+    grads = loss, loss
     before, began = peak_gb(), clock()
     if how == "opsdc.py":
-        opsdc.loss_and_gradient(x, head, y, teacher_head, weight, opsdc.Config())
+        figures, *grads = opsdc.loss_and_gradient(x, head, y, teacher_head, weight, opsdc.Config())
+        loss = weight @ figures["kl"]
+    elif how == "TRL":
+        mask, beta = torch.ones(1, tokens), 1.0  # the reverse KL
+        student = x[None].requires_grad_(), head.requires_grad_()
+        loss, _, _ = _chunked_divergence_loss(student[0], y[None], head, teacher_head, mask, beta)
+        grads = torch.autograd.grad(loss, student)
     else:
-        grad_head = torch.zeros_like(head)
-        for some_x, some_y in zip(x.split(chunk), y.split(chunk)):
-            logits = some_x @ head.T
-            some_y @ teacher_head.T
-            logits @ head
-            grad_head.addmm_(logits.T, some_x)
-    return {"seconds": clock() - began, "GB above the inputs": peak_gb() - before}
+        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
+        for first in range(0, tokens, chunk):
+            some = slice(first, first + chunk)
+            logits = x[some] @ head.T
+            y[some] @ teacher_head.T
+            grad_x[some] = logits @ head
+            grad_head.addmm_(logits.T, x[some])
+    figures = {"seconds": clock() - began, "GB above the inputs": peak_gb() - before, "loss": loss.item()}
+    norms = [grad.norm().item() for grad in grads]
+    return figures | {"norm of the gradient, hidden states": norms[0], "LM head": norms[1]}
 
 
 if __name__ == "__main__":

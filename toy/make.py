@@ -38,7 +38,7 @@ TRAIN_ROWS, TEST_ROWS_PER_LEVEL = 4000, 40
 
 # --------------------------------------------------------------------------------------------------- problems
 def make_problem(rng, level):
-    """-> (expression, steps): '23 + 4 - 9' and ['23 + 4 = 27', '27 - 9 = 18'].
+    """Returns expression and steps: '23 + 4 - 9' and ['23 + 4 = 27', '27 - 9 = 18'].
 
     The running total stays within 10 to 50. The operands are distinct digits, which makes the next step
     unambiguous: this is what lets so small a model be reliable.
@@ -59,8 +59,8 @@ def make_problem(rng, level):
 
 
 def draw(rng, level, test):
-    """-> expression, steps, row of a data file. About one expression in ten, by a hash, is held out for the
-    test: it never occurs in training data of any kind."""
+    """Returns expression, steps, row of a data file. About one expression in ten, by a hash, is held out for
+    the test: it never occurs in training data of any kind."""
     while True:
         expression, steps = make_problem(rng, level)
         if (zlib.crc32(expression.encode()) % 10 == 0) == test:
@@ -133,8 +133,8 @@ def make_response(rng, expression, steps, mode):
 
 
 def make_example(rng, minimal=False):
-    """-> (chat messages, response): the plain question, or the question under an instruction, put as opsdc.py
-    puts it."""
+    """Returns chat messages and response: the plain question, or the question under an instruction, put as
+    opsdc.py puts it."""
     expression, steps, row = draw(rng, rng.choice(LEVELS), test=False)
     (mode,) = rng.choices(list(INSTRUCTED), [often for _, often in INSTRUCTED.values()])
     messages = student_messages(row) if mode == "plain" else teacher_messages(row, INSTRUCTED[mode][0])

@@ -2,11 +2,13 @@
 
     pip install matplotlib
     python toy/reproduce.py        # under an hour on 2 cores: one job per core at a time
+    python toy/reproduce.py table  # from what there is
 
 The page toy/findings.md lists the runs, by method and flags: `opsdc --lr 3e-4`; `base` is the model before
 training. To try another, add a row. Everything goes through the command lines of opsdc.py and eval.py and the
 files that they write, in runs/reproduce. What is done is skipped: after a stop, the same command goes on. In
-the end the figures of the page are renewed and findings.png is drawn: `git diff` shows what changed.
+the end the figures of the page are renewed and findings.png is drawn: `git diff` shows what changed. What was
+not run here keeps the figures that the page has.
 """
 
 import json
@@ -16,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -55,9 +58,9 @@ def call(line, out, done):
 
 
 def evaluate(runs, run, step, model, sampling, n, flags=""):
-    line = f"eval.py --model {model} --data toy/test.jsonl --n {n} --max_response_tokens 384 --batch_size 200"
+    line = f"eval.py --model {model} --data toy/test.jsonl --samples_per_problem {n} --batch_size 200"
     out = runs / folder("eval", run, step, sampling)
-    call(f"{line} {SAMPLINGS[sampling]} {flags}", out, "results.json")
+    call(f"{line} --max_response_tokens 384 {SAMPLINGS[sampling]} {flags}", out, "results.json")
 
 
 def first_step(out, model, flags, rollouts):
@@ -76,17 +79,13 @@ def three_seeds(run):
 
 
 def results(runs, names, step, sampling="training"):
-    """What eval.py found for each of these runs; nothing, where one was not evaluated."""
+    """What eval.py found for each of these runs. Raises FileNotFoundError where one was not evaluated."""
     files = [runs / folder("eval", name, step, sampling) / "results.json" for name in names]
-    if not all(file.exists() for file in files):
-        return []
     return [json.loads(file.read_text())["results"]["toy/test.jsonl"] for file in files]
 
 
 def cell(found, key, scale=1):
     """One model ± its standard error, or the mean of several seeds ± their standard deviation."""
-    if not found:
-        return "not run"
     values = [scale * x[key] for x in found]
     spread = stdev(values) if len(values) > 1 else scale * found[0][f"{key}_se"]
     return f"{fmean(values):.1f} ± {spread:.1f}"
@@ -102,21 +101,20 @@ def log(out):
 
 
 def entropy(outs, last):
-    """A cell: the mean over these runs; empty, where one is missing."""
-    if not all((out / "metrics.jsonl").exists() for out in outs):
-        return ""
+    """A cell: the mean over these runs."""
     return f"{fmean(log(out).entropy[last] for out in outs):.3f}"
 
 
 def token_kls(out, model, sort):
     """What `sort` makes of the tokens of each logged rollout, which it gets as (text, KL)."""
+    rollouts = read_lines(out / "rollouts.jsonl")
     decode = AutoTokenizer.from_pretrained(model).decode
-    for x in read_lines(out / "rollouts.jsonl"):
+    for x in rollouts:
         yield from sort(list(zip(map(decode, x["response_ids"]), x["token_kl"])))
 
 
 def shares(kinds_and_kls):
-    """-> a frame, a row for each kind and for all: `times`, `nats` in sum, mean `kl`; and all that in %."""
+    """A frame, a row for each kind and for all: `times`, `nats` in sum, mean `kl`; and all that in %."""
     tokens = pandas.DataFrame(kinds_and_kls, columns=["kind", "kl"])
     kinds = pandas.concat([tokens, tokens.assign(kind="all")]).groupby("kind").kl
     found = kinds.agg(times="size", nats="sum", kl="mean")
@@ -131,14 +129,15 @@ def listed(page):
 
 def renew(page, *fills):
     """Fill in the tables of a page, in order. The first cell of a row says what it is of; a function of it
-    gives the cells after it, and None for one that stays."""
+    gives the cells after it, and None for one that stays. A row whose files are not all here stays, too."""
     text = Path(page).read_text(encoding="utf-8")
     parts = re.split(r"^(\| ---.*\n)((?:\|.*\n)*)", text, flags=re.MULTILINE)  # words, dashes, rows; again
     for i, fill in zip(range(2, len(parts), 3), fills, strict=True):
         rows = [line[2:-2].split(" | ") for line in parts[i].splitlines()]
         for row in rows:
-            pairs = zip(row[1:], fill(row[0]), strict=True)
-            row[1:] = [old if new is None else new.replace("|", r"\|") for old, new in pairs]
+            with suppress(FileNotFoundError):
+                pairs = zip(row[1:], fill(row[0]), strict=True)
+                row[1:] = [old if new is None else new.replace("|", r"\|") for old, new in pairs]
         parts[i] = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     Path(page).write_text("".join(parts), encoding="utf-8")
 
@@ -180,15 +179,14 @@ def result(sampling, title, in_full=False):
     step = 0 if run.startswith("base") else 300 if "300 steps" in title else 100
     runs = three_seeds(run) if "3 seeds" in title else [run]
     found, (base,) = results(RUNS, runs, step, sampling), results(RUNS, ["base"], 0, sampling)
-    if not found:
-        return ["not run"] * (5 if in_full else 3)
     means = pandas.json_normalize(found).mean(numeric_only=True)
     tokens, accuracy = tokens_and_accuracy(found)
     if not in_full:
         return [tokens, f"{100 - 100 * means.response_tokens / base['response_tokens']:.0f}", accuracy]
     levels = " ".join(f"{x:.0f}" for x in means.filter(regex=r"^by\.level\.\d+\.response_tokens$"))
     logs = [RUNS / (folder(run) if step else folder(run, 0, "signal")) for run in runs]
-    return [tokens, accuracy, f"{100 * means.truncated:.1f}", levels, entropy(logs, step or 1)]
+    nats = None if run.startswith("base ") else entropy(logs, step or 1)  # asked models only write
+    return [tokens, accuracy, f"{100 * means.truncated:.1f}", levels, nats]
 
 
 @cache
@@ -230,8 +228,9 @@ def kinds(response):
         rest, opens = rest[len(piece) :], piece.endswith("\n")
 
 
+@cache
 def signal():
-    """-> for each kind of token its cells: where the KL lands of the base model, and of the main run's."""
+    """For each kind of token its cells: where the KL lands of the base model, and of the main run's."""
     outs = {step: RUNS / folder("opsdc" if step else "base", step, "signal") for step in CURVE}
     found = {step: shares(token_kls(out, "toy", kinds)) for step, out in outs.items()}
     cells = {}
@@ -258,9 +257,11 @@ def draw_sweep():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["table"]):
         raise SystemExit(__doc__)
-    in_parallel(do, dict.fromkeys(LONG + listed("toy/findings.md")[2]))  # each once, the longest first
+    if not sys.argv[1:]:
+        in_parallel(do, dict.fromkeys(LONG + listed("toy/findings.md")[2]))  # each once, the longest first
     tables = partial(result, "paper"), partial(result, "training"), partial(result, "training", in_full=True)
-    renew("toy/findings.md", *tables, sweep, warning, signal().__getitem__)
-    draw_sweep()
+    renew("toy/findings.md", *tables, sweep, warning, lambda kind: signal()[kind])
+    with suppress(FileNotFoundError):
+        draw_sweep()
