@@ -567,7 +567,7 @@ def test_a_step_returns_its_figures_on_every_process():
     (None, "", "already holds a run: continue it with --resume, or choose another folder"),
     (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds"),
     (None, "--resume --lr 1", ": lr was 0.0003, is 1.0: choose another folder"),
-    (("config.json", lambda file: write(file, {"a_fork's": 0.05})), "--resume", ": a_fork's was 0.05, is None"),
+    (("config.json", lambda file: write(file, {"a_fork's": 0.05})), "--resume", "was 0.05, is None"),
     (("checkpoint", shutil.rmtree), "--resume", "has logs, but its folder checkpoint is gone"),
     (("checkpoint", shutil.rmtree), "", "already holds a run"),
     (("config.json", os.remove), "--resume", "holds other files than a run's: choose another folder"),
