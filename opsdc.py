@@ -192,6 +192,7 @@ def accumulate_gradient(student, teacher, batch, responses, cfg):
         teacher.reshard()  # FSDP would in a backward pass, which the teacher never has
         # No loss.backward(): the chain rule is finished by hand, and FSDP reduces both over the processes.
         head.grad = grad_head
+        del grad_head  # else it lives on beside the next one
         hidden.backward(grad_hidden)  # through the rest of the student
         for name, values in figures.items():
             for i, of_response in zip(rows, values.split(lengths)):
