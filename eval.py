@@ -314,7 +314,8 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
     cache of `rows` texts of full length holds.
     """
     texts, waiting, leg = list(prompts), list(range(len(prompts))), 0
-    room = rows * max(limits)  # tokens in the KV cache
+    full = max(limits)
+    room = rows * full  # tokens in the KV cache
     while waiting:
         waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
         # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
@@ -322,7 +323,7 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
         # sixteenth of a response written in vain.
         count = end = 0
         for i in waiting:
-            longer = min(len(texts[i]) + max(64, len(texts[i]) // 8), max(limits))
+            longer = min(len(texts[i]) + max(64, len(texts[i]) // 8), full)
             if (count + 1) * longer > room:
                 break
             count, end = count + 1, longer
