@@ -369,13 +369,12 @@ def test_two_processes_and_a_killed_run_give_the_same_samples(evaluated, tmp_pat
         time.sleep(0.02)
     process.kill()
     process.wait()
-    before = {file: file.stat().st_mtime_ns for file in killed.glob("samples.*.jsonl")}
-    assert 0 < len(before) < 4 and not (killed / "samples.jsonl").exists()
-    process = launch(command(*flags, script="eval.py"))
-    while (killed / "samples.0.jsonl").exists():  # what was written is not written again
-        assert all(not file.exists() or file.stat().st_mtime_ns == time for file, time in before.items())
-    ended(process)
-    assert (killed / "samples.jsonl").read_text() == whole
+    first = (killed / "samples.0.jsonl").read_text()
+    assert whole.startswith(first) and not (killed / "samples.jsonl").exists()
+    marked = first.replace("</think>", "</think> ")
+    (killed / "samples.0.jsonl").write_text(marked)
+    ended(launch(command(*flags, script="eval.py")))
+    assert (killed / "samples.jsonl").read_text() == marked + whole[len(first) :]  # it is not written again
     assert not [*killed.glob("samples.*.jsonl")]
 
 
