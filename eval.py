@@ -6,32 +6,25 @@
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
         --out runs/eval/opsdc --baseline runs/eval/base/results.json
 
-The prompt is what the student sees in training. With --instruction it is the teacher's: the prompt-only
-baseline. Accuracy is mean@n, the mean over n samples of each problem, under three verdicts, since a grader
-that reads one answer format only mistakes a change of format for a change of accuracy:
-
-    answer  the last line "Answer: ..."        boxed  the last \boxed{...}        dual  either of the two
-
-Multiple choice is put as a problem with lettered options and scored by the letter. This wording is ours; the
-paper gives none. A stopped run continues where it was, given the same command.
+The prompt is what the student sees in training; with --instruction it is the teacher's. Accuracy is mean@n,
+the mean over n samples of each problem, under three verdicts, since a grader that reads one format only takes
+a change of format for a change of accuracy: "answer" reads the last line "Answer: ...", "boxed" the last box,
+"dual" is either of the two. Multiple choice is put as a problem with lettered options, in a wording of ours,
+and scored by the letter. A stopped run continues where it was, given the same command.
 """
 
 import atexit
 import gc
-import itertools
 import json
 import logging
 import multiprocessing
 import random
 import re
-import signal
-import string
 import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas
 import torch
@@ -49,7 +42,7 @@ class Config:
 
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder, such as a step_N/ of opsdc.py")
     data: str = HfArg(
-        default="math500", help="math500, aime24, aime25, gpqa, mmlu, file or hub name[:split], by commas"
+        default="math500", help="math500, aime24, aime25, gpqa, mmlu, file, name[:split]: by commas"
     )
     samples_per_problem: int = HfArg(default=8, help="n of mean@n (paper: 8)")
     temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy")
@@ -67,7 +60,6 @@ class Config:
 # ---------------------------------------------------------------------------------------------------- grading
 GRADING_SECONDS = 10  # for one comparison
 LONGEST_ANSWER = 1000  # characters; garbage is longer
-pool = None  # of the one process that compares
 # Thinking as marked by Qwen and most others, Seed, Mistral, Cohere, gpt-oss, Gemma 4.
 THINKING_BEGINS = r"<(?:seed:)?think>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|>analysis|<\|channel>thought"
 THINKING_ENDS = r"</(?:seed:)?think>|\[/THINK]|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>|<channel\|>"
@@ -76,47 +68,29 @@ for _ in range(5):  # braces within braces
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}}){{0,1000}}"
 BOX = rf"\\(?:boxed|fbox)\s*\{{(?:({BRACED})\}})?"  # one that never closes holds nothing
 ARGUMENT = rf"\s*(?:\{{({BRACED})\}}|(\\[a-z]+|\w))"  # of \frac: in braces, a command, a digit or a letter
-SIGNS = {  # math-verify reads other signs, such as × and ≤, by itself
-    "−": "-", "–": "-", "—": "-", "⁄": "/", "÷": "/", "·": r"\cdot ", "⋅": r"\cdot ",
-    "∈": r"\in ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ",
-}  # fmt: skip
-LEAD = (  # what leads up to an answer
-    r"(?i)^(?:(?:[a-z ]{2}[^.:)]*)?\b(?:is|are|be|equals|answer|option|choice|letter|think|choose|pick|so"
-    r"|hence|thus|therefore|exactly)\b[\s:,=]+)*(?:=\s*|(?:an?|the) (?=[a-z]{3}))?"
-)
-REMARK = (  # what follows it: why it is so, what it is not, something in brackets, the next sentence
-    r"\s\(?(?:since|because|altogether|in total|is (?:the )?(?:correct|right|best|answer))\b.*"
-    r"|[,(]\s*(?:as|it|not|which)\b.*|\s\((?!,)[^()]*(?<![\\a-z])[a-z]{3}[^()]*\)$"
-    r"|(?<=[\d})a-z])\.\s+(?!Or|But)[A-Z][a-z].*"
-)
-UNIT = (  # any word, but for "8 more" or "8 million"
-    r"(?:(?!more|less|dozen|hundred|thousand|[a-z]+illion)[a-zA-Z]{3,}|[ckm][mgl]|ft|in"
-    r"|(?<=[ /])[mgshLJNVWAK])(?: ?\^ ?\{?-?\d\}?)?"
-)
-UNITS = rf" ?(?:\^\W*circ\W*[CF]?|/? ?{UNIT}(?: ?[ /] ?{UNIT})*)(?=,|\W*$)"
+UNIT = r"(?:(?!more|less|dozen|hundred|thousand|\w+illion)[a-zA-Z]{3,}|[ckm][mgl]|ft|in|(?<=[ /])[mgshLJNVW])"
+UNIT += r"(?: ?\^ ?\{?\d\}?)?"
+SIGNS = {"–": "-", "⁄": "/", "·": r"\cdot ", "∈": r"\in ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^\circ "}
 REWRITES = (  # what people write, and how math-verify reads it
     (r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),  # \text{B}
     (r"(?<=\d)(?:\{,\}|,?\\[,:;! ]| )\s*(?=\d{3}(?!\d))", ""),  # 1 000, 1\,000
-    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # x**2
-    (r"(?<!\\)\\[()\[\],:;! ]|~|<\|?\w+\|>", " "),  # \(8\), 8\,m, <|END_RESPONSE|>
-    (r"\\(?:displaystyle|left|right)(?![a-z])|\\?\$|[`€£\"“”☀-➿🌀-🫿]|\*\*", " "),  # $8$, **8**
+    (r"(?<!\\)\\(?:[()\[\],:;! ]|(?:displaystyle|left|right)(?![a-z]))", " "),  # \(8\), \left(8, 9\right)
+    (r"\\?\$|[`~€£\"“”☀-➿🌀-🫿]|\*\*(?=\s)|<\|?\w+\|>", " "),  # $8$, “8”, **8** cm, <|END_RESPONSE|>
     (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|arcsin|arccos|arctan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "),  # 2pi
-    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " i "),  # 2\sqrt{2}i
     (r"\\sqrt\s*(?:\(([^()]*)\)|(\d+|[a-z]|\\pi))", r"\\sqrt{\1\2}"),  # √13, \sqrt(13), \sqrt\pi
     (rf"\\[dt]?(frac|binom){ARGUMENT}{ARGUMENT}", r"\\\1{\2\3}{\4\5}"),  # \frac\pi2, \frac{1}n
     (r"(?<=\d)\s+(\d+)/\s*(\d+)(?!\d)", r"\\frac{\1}{\2}"),  # 2 1/2
-    (r"(?<=\d)\s*(?:[eE]|[x×]\s*10\s*\^)\s*\{?([+-]?\d+)\b\}?", r"\\times 10^{\1}"),  # 3e8, 3 x 10^8
-    (REMARK, ""),  # 8, not 9; 8 since 2 * 4 = 8; 8 (the last one); 8. It is even.
-    (LEAD, ""),  # The answer is 8; = 8; an ellipse
-    (rf"(?:(?<=[\d}})])|(?<=\\pi)){UNITS}", ""),  # 8 cm^2, 8 different ways
-)
+    (r"(?:[,(]\s*(?:not|as|which)|\s\(?(?:since|because|altogether|is (?:the )?(?:correct|right)))\b.*"
+     r"|(?<=[\d})a-z])\.\s+(?!Or|But)[A-Z][a-z].*", ""),  # 8, not 9; 8 since 2 * 4 = 8; 8. It is even.
+    # The answer is 8; = 8; an ellipse
+    (r"(?i)^(?:[^.:)]*\b(?:is|are|be|equals|answer|option|choice|think|an|a(?= [a-z]{3}))\b)?[\s:,=]*", ""),
+    (rf"(?<=[\d}})i])(?<!\\i) ?(?:\^\W*circ\W*[CF]?|/? ?{UNIT}(?: ?[ /] ?{UNIT})*)(?=,|\W*$)", ""),  # 8 ways
+)  # fmt: skip
 
 
 def grade(response, gold, truncated=False):
-    """Three verdicts on any text: {"answer": bool, "boxed": bool, "dual": bool}.
-
-    All are False if the response was cut off. What takes more than GRADING_SECONDS to compare is wrong.
-    """
+    """Three verdicts on any text: {"answer": bool, "boxed": bool, "dual": bool}. What was cut off is wrong,
+    and so is what takes more than GRADING_SECONDS to compare."""
     final = "" if truncated else after_thinking(response)
     answer, boxed = matches(gold, last_answer_line(final)), matches(gold, last_box(final))
     return {"answer": answer, "boxed": boxed, "dual": answer or boxed}
@@ -157,13 +131,14 @@ def plain(text):
 
 def chosen_letter(text):
     """The letter of the one option that is named: B, (b), 'B', B. Paris. It is "" where none or two are."""
-    named = re.match(r"('?)[(\[{]*([A-Za-z])(?:[)\]}]+\1|\1(?=$|[.:]\s|\s-\s|\s\())(.*)", text)
+    named = re.match(r"('?)[(\[{]*([A-Za-z])(?:[)\]}]+\1|\1(?=$|[.:]\s|\s[-—]\s|\s\())(.*)", text)
     another = r"^[.\s(]*(?:,|and\b|or\b)|(?<![(\w])[A-Z][.):](?!\S)|(?<!\w)\([A-Z]\)"  # B or C; B. x, C. y
     if not named or re.search(another, named[3]):
         return ""
     return named[2].upper()
 
 
+@cache  # samples of one problem mostly agree
 def matches(gold, text):
     """Whether both are the same letter, words or mathematics."""
     if max(len(gold), len(text)) > LONGEST_ANSWER:
@@ -173,39 +148,29 @@ def matches(gold, text):
         return chosen_letter(text) == gold.strip("()")
     if gold.replace(" ", "").lower() == text.replace(" ", "").lower() and not re.search(r"\d \d", text):
         return text != ""
-    words = r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*"
-    if re.fullmatch(words, gold) and re.fullmatch(words, text):  # as products, on and no would be equal
+    both = f"{gold}\n{text}"
+    if not re.search(r"[^A-Za-z\s'-]|\b[A-Za-z]\b", both):  # words: as products, on and no would be equal
         return False
-    bases = set(re.findall(r"(?m)\d_\{?(\d+)\}?$", f"{gold}\n{text}"))
-    if len(bases) > 1:  # 412_5 and 412_6
+    if len(set(re.findall(r"(?m)\d_\{?(\d+)\}?$", both))) > 1:  # 412_5 and 412_6
         return False
-    names = set(re.findall(r"(\w+)\s*=", gold))
-    if len(names) > 1 and not re.search("[=(]", text):  # a = 1, b = 2 and 1, 2: the order counts
-        gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"
-    return equivalent_within_time(gold, text)
-
-
-@lru_cache(maxsize=100_000)  # samples of one problem mostly agree
-def equivalent_within_time(gold, text):
-    """Whether math-verify calls them equal. Sympy can be lost in an expression such as 9^{9^{9^9}}, where no
-    signal reaches it, so it runs in a process that can be killed."""
-    global pool
-    if pool is None:
-        pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
-        atexit.register(pool.terminate)
-    answer = pool.apply_async(equivalent, (gold, text))
+    if len(set(re.findall(r"(\w+)\s*=", gold))) > 1 and not re.search("[=(]", text):
+        gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"  # a = 1, b = 2: the order counts
+    answer = grading_process().apply_async(equivalent, (gold, text))
     answer.wait(GRADING_SECONDS)
     if answer.ready():
         return answer.successful() and answer.get()
-    pool.terminate()
-    pool = None
+    grading_process().terminate()
+    grading_process.cache_clear()
     return False
 
 
-def begin_grading():
-    gc.freeze()  # garbage of the process it comes from, GPU tensors among it, is not this one's to collect
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # terminate() sends it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@cache
+def grading_process():
+    """It compares and can be killed: sympy can be lost in 9^{9^{9^9}}, where no signal reaches it. Garbage of
+    the process that it is forked from, GPU tensors among it, is not its to collect."""
+    pool = multiprocessing.get_context("fork").Pool(1, gc.freeze)
+    atexit.register(pool.terminate)
+    return pool
 
 
 def equivalent(gold, text):
@@ -216,8 +181,8 @@ def equivalent(gold, text):
     logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
     normalization = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
     latex = [LatexExtractionConfig(normalization_config=normalization)]
-    sides = (parse(f"${side}$", latex, "no_fallback", "first_match") for side in (gold, text))
-    (gold,), (text,) = sides  # what cannot be read raises an error here, which counts as wrong
+    # What cannot be read raises an error here, which counts as wrong.
+    gold, text = (parse(f"${side}$", latex, "no_fallback", "first_match")[0] for side in (gold, text))
     if isinstance(text, Eq) and text.lhs.is_number and text.doit() is false:  # 6 = 5
         return False
     if all(isinstance(x, Expr) and x.is_number for x in (gold, text)) and gold.is_finite is not False:
@@ -228,8 +193,7 @@ def equivalent(gold, text):
             if abs(a - b).evalf(60) <= abs(a).evalf(60) * error:
                 return True
         return False
-    comparison = {"float_rounding": 15, "numeric_precision": 40, "allow_set_relation_comp": True}
-    return bool(verify(gold, text, **comparison))
+    return bool(verify(gold, text, float_rounding=15, numeric_precision=40, allow_set_relation_comp=True))
 
 
 # --------------------------------------------------------------------------------------------------- problems
@@ -243,23 +207,17 @@ BENCHMARKS = {  # hub name:split, configuration
 GROUPS = ("level", "subject")  # reported on their own, where the data has them
 
 
-class Problem(NamedTuple):
-    question: list  # what is asked, as chat messages, before any instruction
-    prompt: list  # token ids [P]
-    gold: str
-    groups: dict  # its level and subject
-
-
 def load_problems(cfg, tokenizer, context):
-    """Returns the problems of each data set, by its name in --data."""
+    """Returns the problems of each data set, by its name in --data. Each is a dict of question (messages with
+    no instruction), prompt (token ids [P]), gold and groups (its level and subject)."""
     problems = {}
     for name in re.split(r"\s*,\s*", cfg.data):
         problems[name] = []
         source, configuration = BENCHMARKS.get(name, (name, None))
         source, _, split = source.partition(":")
         try:
-            rows = opsdc.load_rows(source, split, configuration)
-            for row in itertools.islice(rows, cfg.limit or None):
+            rows = list(opsdc.load_rows(source, split, configuration))
+            for row in rows[: cfg.limit or None]:
                 row, gold = with_gold(row)
                 question = messages = opsdc.student_messages(row)
                 if cfg.instruction:
@@ -268,9 +226,9 @@ def load_problems(cfg, tokenizer, context):
                 if len(prompt) >= context:
                     raise ValueError(f"a prompt of {len(prompt)} tokens, in a context of {context}")
                 groups = {key: str(row[key]) for key in GROUPS if key in row}
-                problems[name].append(Problem(question, prompt, gold, groups))
-            if not problems[name]:
-                raise ValueError("no rows")
+                problems[name].append(
+                    {"question": question, "prompt": prompt, "gold": gold, "groups": groups}
+                )
         except (OSError, ValueError) as error:
             fail(f"--data {name}, after {len(problems[name])} rows: {error!r}")
     return problems
@@ -284,9 +242,8 @@ def with_gold(row):
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         order = random.Random(row["Question"]).sample(range(4), 4)
         row = {"question": row["Question"], "choices": [options[i] for i in order], "answer": order.index(0)}
-    answer = row.get("answer", row.get("answerKey", ""))
-    if answer == "" and "reward_model" in row:  # the form of the training set
-        answer = row["reward_model"].get("ground_truth", "")
+    answer = row.get("reward_model", {}).get("ground_truth", "")  # the form of the training set
+    answer = row.get("answer", row.get("answerKey", answer))
     options, labels = row.get("choices") or row.get("options"), []
     if not options:
         gold = str(answer).rpartition("####")[2].strip()  # GSM8K's solutions end so
@@ -296,12 +253,14 @@ def with_gold(row):
         return row, gold
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label", [])
-    letters = string.ascii_uppercase[: len(options)]
-    ways = [labels, range(len(options))] if isinstance(answer, int) else [labels, letters, options]
-    for names in ways:  # of the options
-        names = list(map(str, names))
-        if str(answer) in names:
-            return row, letters[names.index(str(answer))]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    ways = [labels, letters, options]
+    if isinstance(answer, int):
+        ways[1] = range(len(options))
+    for names in ways:
+        for letter, name in zip(letters, names):
+            if str(name) == str(answer):
+                return row, letter
     raise ValueError(f"the answer {answer!r} is none of {len(options)} options")
 
 
@@ -321,14 +280,10 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
         # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
         # longest that is 9 tokens read for each one written (reading is some hundred times as fast), and a
         # sixteenth of a response written in vain.
-        count = end = 0
-        for i in waiting:
-            longer = min(len(texts[i]) + max(64, len(texts[i]) // 8), full)
-            if (count + 1) * longer > room:
-                break
-            count, end = count + 1, longer
+        ends = [min(len(texts[i]) + max(64, len(texts[i]) // 8), full) for i in waiting]
+        count = sum(rows_so_far * end <= room for rows_so_far, end in enumerate(ends, 1))
         writing, waiting = waiting[:count], waiting[count:]
-        sampling.max_new_tokens = end - len(texts[writing[-1]])
+        sampling.max_new_tokens = ends[count - 1] - len(texts[writing[-1]])
         written = opsdc.rollout(model, [texts[i] for i in writing], sampling, (*seed, leg))
         for i, new in zip(writing, written):
             texts[i] = (texts[i] + new)[: limits[i]]
@@ -343,7 +298,7 @@ def split_work(cfg, problems):
     times --batch_size. They do not depend on the number of processes, so neither do the results."""
     units = []
     for name, some in problems.items():
-        wanted = list(itertools.product([name], range(len(some)), range(cfg.samples_per_problem)))
+        wanted = [(name, i, sample) for i in range(len(some)) for sample in range(cfg.samples_per_problem)]
         size = min(max(len(wanted) // 32, 4 * cfg.batch_size), 128 * cfg.batch_size)
         units += [wanted[first : first + size] for first in range(0, len(wanted), size)]
     return units
@@ -364,8 +319,7 @@ def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
         file = out / f"samples.{number}.jsonl"
         if file.exists():
             continue
-        chosen = [problems[name][problem] for name, problem, _ in units[number]]
-        prompts = [problem.prompt for problem in chosen]
+        prompts = [problems[name][problem]["prompt"] for name, problem, _ in units[number]]
         limits = [min(len(prompt) + cfg.max_response_tokens, context) for prompt in prompts]
         responses = None
         while responses is None:
@@ -377,24 +331,19 @@ def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
                 rows //= 2
                 say(f"out of GPU memory: going on as with --batch_size {rows}")
         lines = []
-        for (name, problem, i), x, ids in zip(units[number], chosen, responses):
+        for (name, problem, i), ids in zip(units[number], responses):
+            x = problems[name][problem]
             truncated = ids[-1] not in stop_tokens
             text = tokenizer.decode(ids[: len(ids) - (not truncated)])  # </think> may count as special
-            opened = re.search(rf"(?:{THINKING_BEGINS})\s*$", tokenizer.decode(x.prompt))
-            record = {"data": name, "problem": problem, "sample": i, **x.groups, "gold": x.gold}
+            record = {"data": name, "problem": problem, "sample": i, **x["groups"], "gold": x["gold"]}
             record |= {"response": text, "response_tokens": len(ids), "truncated": truncated}
-            record |= grade("<think>" * bool(opened) + text, x.gold, truncated)
+            prompt_end = tokenizer.decode(x["prompt"][-4:])  # some templates begin the thinking
+            record |= grade(f"{prompt_end}\n{text}", x["gold"], truncated)
             lines.append(json.dumps(record) + "\n")
         opsdc.replace_file(file, "".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------- report
-MEASURES = {  # columns of a sample, and what the report calls them
-    "dual": "accuracy_dual", "answer": "accuracy_answer", "boxed": "accuracy_boxed",
-    "response_tokens": "response_tokens",
-}  # fmt: skip
-
-
 def mean_and_se(name, by_problem):
     """Mean and standard error of per-problem means: samples of one problem are not independent."""
     se = by_problem.sem()
@@ -403,10 +352,11 @@ def mean_and_se(name, by_problem):
 
 def summarize(frame):
     """The report on some samples (one a row), each problem with the same number of them."""
-    by_problem = frame.groupby("problem")[list(MEASURES)].mean()
+    by_problem = frame.groupby("problem")[["dual", "answer", "boxed", "response_tokens"]].mean()
     summary = {"problems": len(by_problem), "samples": len(frame)}
-    for column, name in MEASURES.items():
-        summary |= mean_and_se(name, by_problem[column])
+    for verdict in ("dual", "answer", "boxed"):
+        summary |= mean_and_se(f"accuracy_{verdict}", by_problem[verdict])
+    summary |= mean_and_se("response_tokens", by_problem["response_tokens"])
     return summary | {
         "response_tokens_median": frame["response_tokens"].median(),
         "truncated": frame["truncated"].mean(),
@@ -429,12 +379,9 @@ def report(samples, baseline):
     """Returns {data set: summary, with one for each level and subject under "by"}, in the order of --data."""
     results = {}
     for name, part in pandas.DataFrame(samples).groupby("data", sort=False):
-        part = part.dropna(axis="columns", how="all")  # level or subject, where only other data sets have it
         results[name] = summarize(part) | {"by": {}}
-        for group in GROUPS:
-            if group in part:
-                values = part.groupby(group)
-                results[name]["by"][group] = {value: summarize(some) for value, some in values}
+        for group in part.columns.intersection(GROUPS):  # without rows where only other data sets have it
+            results[name]["by"][group] = {value: summarize(some) for value, some in part.groupby(group)}
         if baseline:
             results[name]["versus_baseline"] = compare(results[name], baseline[name])
     return results
@@ -442,39 +389,44 @@ def report(samples, baseline):
 
 def table(results):
     """Markdown, to be pasted as it stands."""
-    heads = ["data", "problems x samples", "accuracy %", "by `Answer:`", "by boxed", "response tokens"]
-    heads += ["median", "truncated %", "fewer tokens % (95 % CI)", "accuracy change (95 % CI)"]
-    rows = []
+    lines = []
     for name, x in results.items():
-        row = [name, f"{x['problems']} x {x['samples'] // x['problems']}"]
-        row += [with_error(x, f"accuracy_{verdict}", 100) for verdict in ("dual", "answer", "boxed")]
-        row += [with_error(x, "response_tokens", 1)]
-        row += [f"{x['response_tokens_median']:.0f}", f"{100 * x['truncated']:.1f}"]
+        row = {
+            "data": name,
+            "problems x samples": f"{x['problems']} x {x['samples'] // x['problems']}",
+            "accuracy %": with_error(x, "accuracy_dual", 100),
+            "by `Answer:`": with_error(x, "accuracy_answer", 100),
+            "by boxed": with_error(x, "accuracy_boxed", 100),
+            "response tokens": with_error(x, "response_tokens", 1),
+            "median": f"{x['response_tokens_median']:.0f}",
+            "truncated %": f"{100 * x['truncated']:.1f}",
+        }
         if "versus_baseline" in x:
-            row += [with_interval(x["versus_baseline"], name) for name in ("reduction", "accuracy_change")]
-        rows.append(row)
-    heads = heads[: len(rows[0])]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+            row["fewer tokens % (95 % CI)"] = with_interval(x["versus_baseline"], "reduction")
+            row["accuracy change (95 % CI)"] = with_interval(x["versus_baseline"], "accuracy_change")
+        lines = lines or [row, ["---"] + ["---:"] * (len(row) - 1)]
+        lines.append(row.values())
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def with_error(x, name, scale):
-    cell, se = f"{scale * x[name]:.1f}", x[f"{name}_se"]
-    return cell if se is None else f"{cell} ± {scale * se:.1f}"
+    se = x[f"{name}_se"]  # none of one problem
+    return f"{scale * x[name]:.1f}" + ("" if se is None else f" ± {scale * se:.1f}")
 
 
 def with_interval(x, name):
-    value, se = 100 * x[name], x[f"{name}_se"] or 0
-    if se < 1e-9:  # one problem, or all differences are equal
-        return f"{value:.1f}"
-    return f"{value:.1f} ({value - 196 * se:.1f} to {value + 196 * se:.1f})"
+    value, error = 100 * x[name], 196 * (x[f"{name}_se"] or 0)
+    return f"{value:.1f}" + f" ({value - error:.1f} to {value + error:.1f})" * (error > 1e-7)
 
 
 # -------------------------------------------------------------------------------------- the run, its settings
-def evaluate(cfg):
+def main():
+    cfg = opsdc.parse_args(Config, "samples_per_problem max_response_tokens batch_size top_p")
     tokenizer, stop_tokens, context, model_files = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    questions = {name: digest([(x.question, x.gold) for x in some]) for name, some in problems.items()}
+    questions = {}
+    for name, some in problems.items():
+        questions[name] = digest([(problem["question"], problem["gold"]) for problem in some])
     baseline = load_baseline(cfg, questions) if cfg.baseline else {}
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
@@ -486,18 +438,17 @@ def evaluate(cfg):
     if not whole.exists():
         model = opsdc.load_model(cfg.model, opsdc.COMPUTE_DTYPE).to(opsdc.DEVICE)
         sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out)
-    dist.barrier()
-    if RANK == 0:
-        parts = [out / f"samples.{number}.jsonl" for number in range(len(units))]
-        if not whole.exists():
+        dist.barrier()
+        if RANK == 0:
+            parts = [out / f"samples.{number}.jsonl" for number in range(len(units))]
             opsdc.replace_file(whole, "".join(part.read_text(encoding="utf-8") for part in parts))
-        for part in parts:
-            part.unlink(missing_ok=True)
+            for part in parts:
+                part.unlink()
+    if RANK == 0:
         results = report(opsdc.read_lines(whole), baseline)
         written = json.loads((out / "config.json").read_text()) | {"results": results}
         opsdc.replace_file(out / "results.json", json.dumps(written, indent=2) + "\n")
-        say(table(results))
-        say(f"\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
+        say(f"{table(results)}\n\nEach sample is in {out}/samples.jsonl, all figures in {out}/results.json")
     dist.destroy_process_group()
 
 
@@ -513,13 +464,6 @@ def load_baseline(cfg, questions):
         if theirs["questions"][name] != questions[name]:
             fail(f"--baseline {cfg.baseline} has other problems of {name} (--limit?)")
     return theirs["results"]
-
-
-def main():
-    cfg = opsdc.parse_args(Config, "samples_per_problem max_response_tokens batch_size top_p")
-    if cfg.temperature == 0 and cfg.samples_per_problem > 1:
-        fail("--temperature 0 gives the same response each time: add --samples_per_problem 1")
-    evaluate(cfg)
 
 
 if __name__ == "__main__":

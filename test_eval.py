@@ -11,26 +11,12 @@ import time
 import pandas
 import pytest
 import torch
-from transformers import AutoTokenizer, masking_utils
+from transformers import AutoTokenizer
 
 import eval as evaluation
 import opsdc
-from test_opsdc import (  # noqa: F401, a fixture
-    HERE,
-    README,
-    TOY,
-    WRITE,
-    command,
-    copy_of_toy,
-    ended,
-    launch,
-    lines,
-    plain_logits,
-    process_group,
-    refusal,
-    steady_sampler,
-    tiny,
-)
+from test_opsdc import HERE, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines, plain_logits
+from test_opsdc import process_group, refusal, steady_sampler, tiny  # noqa: F401, process_group is a fixture
 
 # ---------------------------------------------------------------------------------------------------- eval.py
 RIGHT = {"answer": True, "boxed": False, "dual": True}
@@ -48,60 +34,43 @@ def verdicts(final, gold, thinking="x", truncated=False):
      ("2", "\\frac{1}{3}", "", "> \\frac{1}{2}")),
     ("(3, \\frac{\\pi}{2})", ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(\\pi/2, 3)", "3")),
     ("[2,5)", ("\\left[2,5\\right)",), ("[2,5]", "(2,5)")),
-    ("(-\\infty, 2) \\cup (3, \\infty)", ("(-\\infty,2)\\cup(3,\\infty)",),
-     ("(-\\infty, 3) \\cup (2, \\infty)",)),
     ("\\{1\\pm\\sqrt{5},-2\\}", ("\\{-2, 1+\\sqrt{5}, 1-\\sqrt{5}\\}",), ("\\{1,-2\\}",)),
     ("5.4 \\text{ cents}", ("5.4", "5.4 cents"), ("54",)),
-    ("90^\\circ", ("90", "90 degrees", "90^{\\circ}", "90°"), ("9",)),
+    ("90^\\circ", ("90", "90 degrees", "90°"), ("9",)), ("n > 4", ("4 < n", "(4, \\infty)"), ("4", "n < 4")),
     ("50\\%", ("50\\%", "50%", "50", "50 percent", "0.5"), ("5\\%",)),
     ("7^{-40}", ("\\frac{1}{7^{40}}",), ("7^{-41}", "0", "7^{-40} + 7^{-41}")),
     ("\\frac{1}{9}", ("0.1111111",), ("0.11", "0.1111", "0.\\overline{2}")),
-    ("0.2\\overline{36}", ("0.2\\overline{36}",), ("0.236", "0.\\overline{236}")),
     ("412_5", ("412_5", "412_{5}", "412", "412₅"), ("412_6", "421_5")),
-    ("[0,7)", ("0 \\le x < 7",), ("0 < x < 7",)),
-    ("4 \\times 10^{-30}", ("4e-30", "4 × 10⁻³⁰", "4 x 10^{-30}"), ("4e-31", "4.1 \\times 10^{-30}")),
-    ("8", ("8 m^2", "$8\\,\\mathrm{km}$", "8 pupils, altogether.", "8 km/h", "`8`", "8 (since 2*4)", "$8",
-           "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8.", "8 different ways", "8 ✅",
-            "= 8",
-           "The sum of $3$ and $5$ is $8$.", "8\\ \\text{m/s}^2", "\\mathbf{8}", "8 cm squared", "“8”"),
+    ("8", ("8 m^2", "$8\\,\\mathrm{km}$", "8 pupils, altogether.", "8 km/h", "`8`", "8 since 2*4 = 8", "$8",
+           "2 + 6 = 8", "8. It is even.", "8 square feet", "The sum is 8.", "8 different ways", "8 ✅", "= 8",
+           "The sum of $3$ and $5$ is $8$.", "8\\ \\text{m/s}^2", "\\mathbf{8}", "8, not 9", "8 cm²", "“8”"),
      ("> 8", "8 or more", "\\ne 8", "n \\ge 8", "9 = 8", "8 = 9", "8, 9", "8 cups and 3 cans", "8 million",
-      "8t", ".8", "not 8", "8 (or 9)", "8 < x", "8x", "8!", "at least 8", "8 dozen", "between 8 and 9")),
+      "8t", ".8", "not 8", "8 (or 9)", "8x", "8!", "at least 8", "8 dozen", "between 8 and 9")),
     ("\\frac{\\pi}{2}", ("\\frac\\pi2", "\\frac\\pi{2}", "\\frac{\\pi}2"), ("\\frac\\pi3", "\\pi")),
     ("\\sqrt{\\pi}", ("\\sqrt\\pi", "sqrt(pi)"), ("\\pi", "\\sqrt2")),
     ("\\frac{\\sqrt{3}}{n}", ("\\frac{\\sqrt{3}}n", "\\frac{\\sqrt3}n"), ("\\frac{3}n",)),
-    ("10", ("\\binom52", "\\binom{5}2", "10^1"), ("\\binom51", "52")),
+    ("10", ("\\binom52", "\\binom{5}2", "10^1"), ("\\binom51", "52")), ("5!", ("120", "5!"), ("5",)),
     ("6, 8, 10", ("6 cm, 8 cm, 10 cm", "10, 8 and 6"), ("6, 8", "6810")),
-    ("n > 4", ("4 < n", "(4, \\infty)", "n > 4"), ("4", "n \\ge 4", "n < 4")),
-    ("12000", ("12 000", "12,000", "12\\,000", "12{,}000"), ("12", "12, 000")),
-    ("\\frac{9}{4}", ("2 1/4", "2\\frac{1}{4}"), ("21/4",)),
+    ("12000", ("12 000", "12,000", "12\\,000", "12{,}000", "12,\\!000"), ("12", "12, 000")),
+    ("\\frac{9}{4}", ("2 1/4", "2\\frac{1}{4}"), ("21/4",)), ("3\\pi", ("3π", "3*pi", "3 pi"), ("3",)),
     ("-2\\sqrt{7}", ("−2√7", "-2*sqrt(7)", "-√28"), ("2√7", "-2√6")),
-    ("3\\pi", ("3π", "3*pi", "3 pi", "3π cm²"), ("3",)),
-    ("x^4-\\mathrm{e}^x", ("x⁴ - e^x", "x**4 - e^{x}"), ("x^4 + e^x", "4x - e^x")),
-    ("5-2i", ("5 - 2\\mathrm{i}", "-2i + 5"), ("5+2i", "3", "5")),
-    ("2\\sqrt{2}i", ("2i\\sqrt{2}", "2√2 i"), ("2\\sqrt{2}",)),
-    ("(-\\infty, 0)", ("(-∞, 0)",), ("(0, ∞)",)), ("\\emptyset", ("∅",), ("0",)),
-    ("3, -3", ("±3", "-3 or 3", "\\{3, -3\\}"), ("3", "-3")), ("1, \\ldots, n", ("1,\\ldots,n",), ("1, n",)),
+    ("x^4-\\mathrm{e}^x", ("x⁴ - e^x",), ("x^4 + e^x", "4x - e^x")), ("x=5", ("5", "x = 5"), ("y", "6")),
+    ("5-2i", ("5 - 2\\mathrm{i}", "-2i + 5"), ("5+2i", "3", "5")), ("\\emptyset", ("∅",), ("0",)),
+    ("3, -3", ("±3", "-3 or 3", "\\{3, -3\\}"), ("3", "-3")), ("(-\\infty, 0)", ("(-∞, 0)",), ("(0, ∞)",)),
     ("a = 1, b = 2", ("1, 2", "b = 2, a = 1"), ("2, 1",)), ("(2,1)", ("(2, 1)",), ("\\{1,2\\}", "(1,2)")),
     ("on", ("On",), ("no",)), ("\\text{Ada Byron}", ("ada byron", "It is Ada Byron."), ("Byron Ada", "Abad")),
     ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}",
      ("\\begin{pmatrix} -\\frac{1}{3} \\\\ \\frac{2}{3} \\end{pmatrix}",),
      ("\\begin{pmatrix} 2/3 \\\\ -1/3 \\end{pmatrix}",)),
-    ("\\text{Evelyn}", ("Evelyn", "evelyn.", "\\text{Evelyn}", "**Evelyn**", "__Evelyn__"), ("Carla", "Eve")),
-    ("5!", ("120", "5!"), ("5",)),
-    ("10,\\!080", ("10080", "10,080"), ("10", "80")),
-    ("x=5", ("5", "x = 5"), ("y", "6")),
-    ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "option b", "The answer is B",
-           "B) Paris", "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct",
-           "'B'", "“B”", "{B}", "B (Rome)", "(B) P(A) is 1/2", "\\textbf{(B)}\\ 12",
-            "B. The mass is kept."),
-     ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B", "B is wrong", "B = 2",
-      "Vitamin B", "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B", "B (or C)", "(B) and (C)", "BC",
-      "B_1")),
-    ("D", ("D. Both A and B", "D. A and B", "It is d", "The correct answer is D", "D, not B",
-           "D because B fails", "It is not B, the answer is D"),
+    ("\\text{ellipse}", ("ellipse", "an ellipse.", "\\text{Ellipse}", "**ellipse**"), ("circle", "lips")),
+    ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "The answer is B", "B) Paris",
+           "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct", "'B'", "“B”",
+           "{B}", "B (Rome)", "(B) P(A) is 1/2", "\\textbf{(B)}\\ 12", "B. The mass is kept."),
+     ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B", "B is wrong", "B = 2", "Vitamin B",
+      "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B", "B (or C)", "(B) and (C)", "BC", "B_1")),
+    ("D", ("D. Both A and B", "It is d", "D, not B", "D because B fails", "It is not B, the answer is D"),
      ("Not D", "neither D", "anything except D", "D. or E.", "5\\,\\text{D}", "20 °D")),
     ("A", ("A", "A. One"), ("A or B", "(A) and (B)", "A cat, B", "A guess", "A\\cup B")),
-    ("\\text{(C)}", ("C", "(C)", "$\\displaystyle \\text{(C)}$"), ("D",)),
 ))  # fmt: skip
 def test_grader(gold, same, other):
     for answer in same:
@@ -134,25 +103,22 @@ def test_thinking_in_the_marks_of_each_family(begin, end):
 def test_grader_reads_the_final_answer_and_nothing_else():
     assert verdicts("Answer: 3\nNo.\nAnswer: 4", "4") == RIGHT  # the last line counts
     assert verdicts("Answer: 4\nNo.\nAnswer: 3", "4") == WRONG
-    dresses = "**Answer:**\n\n$$4$$", "answer:\n\\[\n4\n\\]", "**Answer**: 4", "__Answer__: 4", "Answer：4"
-    dresses += "### Answer\n\n4", "**Final Answer**\n\n4", "## Final answer:\n4"
-    dresses += ("Answer:\n\\[\n\\frac{8}\n{2}\n\\]",)
-    for dressed in dresses:
+    for dressed in (
+        "**Answer:**\n\n$$4$$", "Answer:\n\\[\n\\frac{8}\n{2}\n\\]", "**Answer**: 4", "__Answer__: 4",
+        "Answer：4", "### Answer\n\n4", "**Final Answer**\n\n4", "## Final answer:\n4", "The answer: 4\n.",
+    ):  # fmt: skip
         assert verdicts(dressed, "4") == RIGHT, dressed
     assert verdicts("It is 4.", "4", thinking="Answer: 4 \\boxed{4}") == WRONG
     assert verdicts("Answer: 4", "4", truncated=True) == WRONG
     assert evaluation.grade("<think>\nAnswer: 4 \\boxed{4}", "4") == WRONG  # still thinking
     assert evaluation.grade("Answer: 4", "4") == RIGHT  # a model that does not think
-    assert evaluation.grade("", "4") == evaluation.grade("Answer:", "4") == WRONG
-    assert evaluation.grade("Answer: ", "") == WRONG
+    assert evaluation.grade("", "4") == evaluation.grade("Answer: ", "") == WRONG
     assert verdicts("Answer: 4\nA check of the answer: it is even.\nThe answer: 3 was no good.", "4") == RIGHT
-    assert verdicts("The answer: 4\nFine.", "4") == verdicts("### Final Answer: 4", "4") == RIGHT
     assert verdicts("\\boxed{1}. No, it is \\boxed{\\frac{3}{\\sqrt{4}}}", "\\frac{3}{\\sqrt{4}}") == BOXED
     assert verdicts("\\boxed{1} and \\boxed{2}", "1,2") == verdicts("\\fbox{3}, \\boxed {4}", "4,3") == BOXED
     assert verdicts("\\boxed{1} or \\boxed{2}", "2") == verdicts("\\boxed{C = 2}\nAnswer: A", "C") == WRONG
     assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
     assert verdicts("\\boxed{\\boxed{4}}", "4") == verdicts("$\\boxed{4}$\n\n$\\boxed{4}$", "4") == BOXED
-    assert verdicts("\\boxed{4", "4") == verdicts("\\boxed{4} and \\boxed{4", "4") == WRONG
     assert verdicts("\\boxed{4}. No, \\boxed{5", "4") == verdicts("\\boxed{4}. No, \\boxed{5", "5") == WRONG
     assert verdicts("\\boxed{5. No, \\boxed{4}", "4") == BOXED
 
@@ -187,7 +153,8 @@ def test_standard_errors_against_numbers_by_hand():
     assert summary["accuracy_boxed"] == 0
     levels = [{"data": "a", "level": "1", **x} for x in samples]
     results = evaluation.report(levels + [{"data": "b", **x} for x in samples], {})
-    assert results == {"a": summary | {"by": {"level": {"1": summary}}}, "b": summary | {"by": {}}}
+    assert results["a"] == summary | {"by": {"level": {"1": summary}}}
+    assert results["b"] == summary | {"by": {"level": {}}}
     row = "| a | 2 x 2 | 75.0 ± 25.0 | 75.0 ± 25.0 | 0.0 ± 0.0 | 30.0 ± 15.0 | 25 | 25.0 |"
     assert row in evaluation.table(results).splitlines()
     ours = {"per_problem": {"accuracy": [1.0, 0.5], "response_tokens": [50, 100]}}
@@ -265,8 +232,8 @@ def test_each_response_has_its_own_cap():
 def test_legs_do_not_change_the_distribution(monkeypatch):
     """Each token beside the model's own probabilities after prompt + response so far: how likely the sampled
     ones were, and how often a response ended, are within four standard errors of what was to be expected.
-    Lengths are like those of one plain call (a Kolmogorov-Smirnov test). The rows of a leg never hold more
-    tokens than 60 of full length (9 + 130), and are more than 60 while they are short. Each has its seed."""
+    The rows of a leg never hold more tokens than 60 of full length (9 + 130), and are more than 60 while they
+    are short. Each leg has its seed."""
     model = tiny(3)
     model.lm_head.weight.data *= 0.5
     prompts = [[5, 6], [7], [8, 9, 10, 11], [12] * 9] * 50
@@ -292,34 +259,21 @@ def test_legs_do_not_change_the_distribution(monkeypatch):
     assert sum(len(response) > 64 for response in responses) > 40  # there are second legs
     for deviation, variance in (surprise, ends):
         assert abs(deviation) < 4 * variance.sqrt()
-    whole = plain(model, prompts, opsdc.sampling_settings([1], 130), 1)
-    lengths = [sorted(map(len, some)) for some in (responses, whole)]
-    below = [[sum(x <= n for x in some) / len(some) for n in range(131)] for some in lengths]
-    assert max(abs(a - b) for a, b in zip(*below)) < 2.0 * math.sqrt(2 / len(prompts))  # once in 1,500
 
 
-def test_legs_and_padding_do_not_change_what_is_written(monkeypatch):
-    """Greedy, each prompt alone in one call against all together in legs, two rows at a time or all. Texts
-    are read in parts there: no attention mask is larger than [rows, 1,024, S]."""
+def test_legs_and_padding_do_not_change_what_is_written():
+    """Greedy, each prompt alone in one call against all together in legs, two rows at a time or all, where
+    texts are read in parts."""
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(TOY)
-    model, sizes, make = opsdc.load_model(TOY), [], masking_utils.sdpa_mask
+    model = opsdc.load_model(TOY)
     texts = ("What is 23 + 4 - 9?", "Compute 31 - 6 + 2 + 7 - 1.", "Calculate 20 + 5.")
     prompts = [opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": text})) for text in texts]
-    prompts.append([6] * 1700)
-    model.config.max_position_embeddings = 4096
+    prompts.append([6] * 700)
     greedy = opsdc.sampling_settings(stop_tokens, 100, temperature=0)
     alone = [opsdc.rollout(model, [prompt], greedy, 0)[0] for prompt in prompts]
-
-    def watched(*args, **kwargs):
-        mask = make(*args, **kwargs)
-        sizes.append(0 if mask is None else mask.numel())
-        return mask
-
-    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
-    greedy.prefill_chunk_size, limits = 1024, [len(prompt) + 100 for prompt in prompts]
+    greedy.prefill_chunk_size, limits = 256, [len(prompt) + 100 for prompt in prompts]
     for rows in (2, 4):
         assert evaluation.rollout_in_legs(model, prompts, limits, greedy, (0,), rows) == alone
-    assert 1024 * 1700 <= max(sizes) <= 4 * 1024 * 1800
 
 
 EVAL = ("--data", HERE / "toy" / "test.jsonl", "--limit", 16, "--samples_per_problem", 2)
@@ -409,30 +363,18 @@ def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_pat
 
 
 def test_two_data_sets_in_their_order_and_odd_groups(tmp_path, capsys):
-    """Groups of mixed types, missing, a list. A prompt near the context's end lowers its own cap alone."""
+    """Groups of mixed types, missing, a list."""
     rows = [{"prompt": "What is 20 + 4?", "answer": "24", "level": level} for level in (1, "hard", [2], None)]
-    rows += [{"prompt": "What is 20 + 4? " * 100, "answer": 24}]
     WRITE["jsonl"](tmp_path / "odd.jsonl", rows)
     WRITE["jsonl"](tmp_path / "a.jsonl", [{"prompt": "Compute 30 + 5.", "answer": "35", "subject": "sums"}])
-    flags = (
-        "--model",
-        TOY,
-        "--samples_per_problem",
-        1,
-        "--max_response_tokens",
-        150,
-        "--out",
-        tmp_path / "one",
-    )
+    flags = ("--model", TOY, *EVAL, "--limit", 0, "--samples_per_problem", 1, "--out", tmp_path / "one")
     printed = in_process(capsys, *flags, "--data", f"{tmp_path}/odd.jsonl, {tmp_path}/a.jsonl")
     odd, other = json.loads((tmp_path / "one" / "results.json").read_text())["results"].values()
-    assert odd["by"]["level"].keys() == {"1", "hard", "[2]"} and "subject" not in odd["by"]
-    assert other["by"].keys() == {"subject"} and other["by"]["subject"].keys() == {"sums"}
+    assert odd["by"]["level"].keys() == {"1", "hard", "[2]"} and not odd["by"]["subject"]
+    assert other["by"]["subject"].keys() == {"sums"} and not other["by"]["level"]
     samples = lines(tmp_path / "one" / "samples.jsonl")
-    assert [s["data"] for s in samples] == [f"{tmp_path}/odd.jsonl"] * 5 + [f"{tmp_path}/a.jsonl"]
-    assert printed.index("odd.jsonl | 5 x 1") < printed.index("a.jsonl | 1 x 1")
-    lengths = [s["response_tokens"] for s in samples]
-    assert lengths[4] <= 1024 - 900 and max(lengths[:4]) > 60
+    assert [s["data"] for s in samples] == [f"{tmp_path}/odd.jsonl"] * 4 + [f"{tmp_path}/a.jsonl"]
+    assert printed.index("odd.jsonl | 4 x 1") < printed.index("a.jsonl | 1 x 1")
 
 
 def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
@@ -446,7 +388,7 @@ def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
     tokenizer, stop_tokens, context, _ = opsdc.inspect_model(TOY)
     model, tried, least = opsdc.load_model(TOY), [], 2
     cfg = evaluation.Config(model=TOY, samples_per_problem=1, batch_size=8)
-    problems = {"toy": [evaluation.Problem([], [1, 2], "1", {}) for i in range(40)]}
+    problems = {"toy": [{"prompt": [1, 2], "gold": "1", "groups": {}}] * 40}
     units = evaluation.split_work(cfg, problems)
     evaluation.sample(cfg, problems, units, model, tokenizer, stop_tokens, context, tmp_path)
     assert tried == [8, 4, 2, 2] and len([x for file in tmp_path.iterdir() for x in lines(file)]) == 40
@@ -456,13 +398,10 @@ def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", (
-    (("--temperature", 0), "--temperature 0 gives the same response each time: add --samples_per_problem 1"),
     (("--top_p", 0), "--top_p is 0.0, must be above 0"),
-    (("--instruction", "V1"), "--instruction is 'V1', must be v1, v2 or a text"),
     (("--instruction", "Be brief. " * 400), " tokens, in a context of 1024"),
     (("--data", "missing.jsonl"), "--data missing.jsonl, after 0 rows: FileNotFoundError("),
     (("--data", "smollm2/train.jsonl"), "after 0 rows: ValueError(\"no answer of 1 to 1000"),
-    (("--model", HERE / ".ci"), "Unrecognized model"),
     (("--baseline", "LACKS"), f"lacks {TOY}/test.jsonl; it has x.jsonl, y.jsonl"),
     (("--baseline", "OTHER"), f"has other problems of {TOY}/test.jsonl (--limit?)"),
     (("--baseline", "WARM"), "was run with --temperature 1.5"),
@@ -488,26 +427,3 @@ def test_readme_commands_are_understood(script, least):
     assert len(commands) >= least
     for flags in commands:
         opsdc.parse_args(script.Config, "", shlex.split(flags))
-
-
-def test_questions_of_smollm2_are_held_out():
-    """No question in both parts, not even with its words in another order; no answer in its own question."""
-    parts = [lines(HERE / "smollm2" / f"{part}.jsonl") for part in ("train", "test")]
-    asked = [[frozenset(re.findall(r"[\w+-]+", row["prompt"].casefold())) for row in part] for part in parts]
-    assert [len(part) for part in asked] == [480, 240] and len(set(asked[0] + asked[1])) == 720
-    answers = [(row["prompt"], row["answer"]) for row in parts[1] if "answer" in row]
-    assert len(answers) == 120 and all(answers)
-    for question, spellings in answers:
-        given_away = [x for x in spellings if re.search(rf"\b{re.escape(x)}\b", question, re.IGNORECASE)]
-        assert not given_away, question
-
-
-# ------------------------------------------------------------------------------------------------------ bench
-def test_rehearsal_on_a_gpu_runs_without_one():
-    """All its sections, with tiny shapes; only a run of the toy on both devices needs a GPU."""
-    report = ended(launch(command(script="bench/gpu.py")))
-    assert report.count("**Holds:**") == 5 and "DOES NOT HOLD" not in report, report
-    rows = [re.split(r" *\| *", line)[1:-1] for line in report.splitlines() if line.startswith("| ")]
-    phases, figures = rows[2:5], rows[7:]
-    assert all(float(simulated) > 0 for _, simulated, _ in phases), report
-    assert len(figures) == 5 and all(float(seconds) > 0 for _, seconds in figures[:3]), report

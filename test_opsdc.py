@@ -1,10 +1,5 @@
-"""What opsdc.py promises: first the method, then what a run does, then what is refused.
-
-    python -m pytest -q
-
-All on a CPU, without network. Below the banner stands how models are made, processes started and faults
-injected.
-"""
+"""What opsdc.py promises: first the method, then what a run does, then what is refused. All on a CPU, without
+network. Below the banner stands how models are made, processes started and faults injected."""
 
 import gc
 import importlib
@@ -24,7 +19,6 @@ import sys
 import tempfile
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import Mock
@@ -35,13 +29,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands run here: their models are tiny
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before opsdc asks for one
 
-import opsdc  # noqa: E402
+import opsdc
 
 HERE = Path(__file__).resolve().parent
 TOY = str(HERE / "toy")
@@ -49,12 +42,6 @@ README = (HERE / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- divergence
-def closed_form(kind, q, p):
-    m = (q + p) / 2
-    kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
-    return {"reverse_kl": kl(q, p), "forward_kl": kl(p, q), "jsd": (kl(q, m) + kl(p, m)) / 2}[kind]
-
-
 def test_directions_of_the_divergences():
     """Against torch.distributions, and the gradient of Eq. 1 as its docstring gives it."""
     torch.manual_seed(0)
@@ -64,10 +51,14 @@ def test_directions_of_the_divergences():
     torch.testing.assert_close(kl, kl_divergence(q, p))
     torch.testing.assert_close(forward, kl_divergence(p, q))
     assert (kl - forward).abs().mean() > 0.1  # the two can be told apart here
-    with pytest.raises(AssertionError):
-        opsdc.divergence(log_q, log_p, "kl")
     (grad,) = torch.autograd.grad(kl.sum(), z)
     torch.testing.assert_close(grad, q.probs * (log_q - log_p - kl[:, None]), rtol=1e-4, atol=1e-5)
+
+
+def closed_form(kind, q, p):
+    m = (q + p) / 2
+    kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
+    return {"reverse_kl": kl(q, p), "forward_kl": kl(p, q), "jsd": (kl(q, m) + kl(p, m)) / 2}[kind]
 
 
 @pytest.mark.parametrize("kind", ("reverse_kl", "forward_kl", "jsd"))
@@ -83,16 +74,16 @@ def test_loss_and_gradient_in_chunks_against_float64_closed_forms(kind, chunk, m
     exact = closed_form(kind, q, p)
     (weight.double() * exact).sum().backward()
     monkeypatch.setattr(opsdc, "CHUNK_LOGITS", chunk * V)
-    cfg = opsdc.Config(temperature=temperature, divergence=kind)
-    figures, grad_hidden, grad_head = opsdc.loss_and_gradient(
-        hidden, head, teacher_hidden, teacher_head, weight, cfg
-    )
-    kl, entropy = figures["kl"], figures["entropy"]
-    torch.testing.assert_close(kl.double(), exact.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy, Categorical(probs=q.detach().float()).entropy(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grad_hidden.double(), leaves[0].grad, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(grad_head.double(), leaves[1].grad, rtol=1e-3, atol=1e-5)
-    assert not kl.requires_grad and not entropy.requires_grad  # no graph is kept
+    monkeypatch.setattr(opsdc, "divergence", Mock(wraps=opsdc.divergence))
+    inputs = hidden, head, teacher_hidden, teacher_head, weight
+    figures, *grads = opsdc.loss_and_gradient(*inputs, opsdc.Config(temperature=temperature, divergence=kind))
+    assert max(len(call.args[0]) for call in opsdc.divergence.call_args_list) == min(chunk, N)
+    torch.testing.assert_close(figures["kl"].double(), exact.detach(), rtol=1e-4, atol=1e-5)
+    entropy = Categorical(probs=q.detach()).entropy()
+    torch.testing.assert_close(figures["entropy"].double(), entropy, rtol=1e-4, atol=1e-5)
+    for grad, leaf in zip(grads, leaves):
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-3, atol=1e-5)
+    assert not figures["kl"].requires_grad and not figures["entropy"].requires_grad  # no graph is kept
 
 
 def test_small_differences_survive_bf16_models():
@@ -111,21 +102,6 @@ def test_small_differences_survive_bf16_models():
     assert loss.dtype == torch.float32 and {x.dtype for x in grads} == {torch.bfloat16}
 
 
-def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
-    vocabulary = 5000
-    student, teacher = two(vocab_size=vocabulary)
-    batch, responses = ragged_batch()
-    responses = [4 * response for response in responses]
-    monkeypatch.setattr(opsdc, "CHUNK_LOGITS", 8 * vocabulary)
-    with Largest() as lean:
-        opsdc.accumulate_gradient(student, teacher, batch, responses, opsdc.Config())
-    weights = 2 * 32 * vocabulary + 32  # embeddings, head and last norm, which FSDP moves as one
-    assert lean.numel == weights < max(map(len, responses)) * vocabulary
-    with Largest() as plain:
-        student(torch.tensor([batch[2][0] + responses[2]]))
-    assert plain.numel > max(map(len, responses)) * vocabulary  # the watch does see full logits
-
-
 # ---------------------------------------------------------------------------------------------------- scoring
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_identity(dropout):
@@ -137,9 +113,6 @@ def test_identity(dropout):
     assert [len(x) for x in kl] == [len(x) for x in responses] and not torch.cat(kl).any()
     kl = token_kl(student, teacher, batch, responses)
     assert (torch.cat(kl) > 0).all()  # and not so with another prompt
-    student.model.layers[0].self_attn.training = dropout > 0  # with a dropout that acts, if there is any
-    kl = token_kl(student, teacher, same, responses)
-    assert torch.cat(kl).any() == (dropout > 0)
 
 
 @pytest.mark.parametrize("tied, temperature", ((False, 2.0), (True, 1.0)))
@@ -202,13 +175,11 @@ def test_unsharded_is_an_ordinary_model_with_the_same_logits_and_goes_at_once():
     assert {x.dtype for x in half.buffers()} == {torch.float32}
     assert plain.generation_config.to_diff_dict() == GenerationConfig().to_diff_dict() and not plain.training
     gc.disable()
-    try:
-        opsdc.rollout(plain, [[5, 6]], opsdc.sampling_settings([1], 5), 0)
-        gone = [weakref.ref(x) for x in (plain, plain.lm_head.weight)]
-        del plain
-        assert not any(one() for one in gone)
-    finally:
-        gc.enable()
+    opsdc.rollout(plain, [[5, 6]], opsdc.sampling_settings([1], 5), 0)
+    gone = [weakref.ref(x) for x in (plain, plain.lm_head.weight)]
+    del plain
+    assert not any(one() for one in gone)
+    gc.enable()
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.5))
@@ -230,10 +201,9 @@ def test_responses_may_be_written_a_few_at_a_time():
     model, prompts = tiny(3), [[5, 6], [7], [8, 9, 10], [12] * 9, [4]]
     greedy = opsdc.sampling_settings([1], 30, temperature=0)
     assert opsdc.rollout(model, prompts, greedy, 0, rows=2) == opsdc.rollout(model, prompts, greedy, 0)
-    sampled = [
-        opsdc.rollout(model, [[5, 6]] * 4, opsdc.sampling_settings([1], 30), 0, rows) for rows in (0, 4, 2)
-    ]
-    assert sampled[0] == sampled[1] and sampled[2][:2] != sampled[2][2:]
+    sampling = opsdc.sampling_settings([1], 30)
+    all_at_once, four, two = (opsdc.rollout(model, [[5, 6]] * 4, sampling, 0, rows) for rows in (0, 4, 2))
+    assert all_at_once == four and two[:2] != two[2:]
 
 
 def test_responses_end_with_the_first_stop_token_or_at_the_cap():
@@ -285,28 +255,11 @@ def test_any_other_prompt():
 @pytest.mark.parametrize("template, text", (
     ("{{ enable_thinking }} {{ messages[0].content | trim }}", "True x"),
     ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"),
-    ("{{ strftime_now('%B %d, %Y') }}", "January 01, 2026"),
-    ("{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d') }}{% endif %}", "2026-01-01"),
-    ("\n{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}\nDay: {{ f() }}", "\nDay: 2026"),
+    ("\n{% macro f() %}{{ strftime_now('%B %d, %Y') }}{% endmacro %}\n{{ f() }}", "\nJanuary 01, 2026"),
 ))  # fmt: skip
-def test_chat_templates_see_the_same_day_every_day(template, text):
-    """And they are otherwise rendered as by transformers, with thinking asked for."""
+def test_chat_templates_are_asked_to_think_and_see_the_same_day_every_day(template, text):
     tokenizer = AutoTokenizer.from_pretrained(TOY, chat_template=template)
-    messages = [{"role": "user", "content": " x "}]
-    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, messages)) == text
-    if "strftime" not in template:
-        plain = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
-        assert plain == text
-
-
-@pytest.mark.parametrize("options", (
-    {"choices": ["Rome", "Paris"]}, {"options": ["Rome", "Paris"], "choices": None},
-    {"choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]}},
-))  # fmt: skip
-def test_options_are_listed_below_a_problem(options):
-    listed = "Capital?\n\nA. Rome\nB. Paris\n\nThe answer is the letter of the right option."
-    (asked,) = opsdc.student_messages({"problem": "Capital?", **options})
-    assert asked["content"] == opsdc.MATH_PROMPT.format(listed)
+    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, [{"role": "user", "content": " x "}])) == text
 
 
 def test_each_epoch_is_covered_once(monkeypatch):
@@ -327,20 +280,15 @@ def test_each_epoch_is_covered_once(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm
-def test_algorithm_1_is_tagged_line_by_line():
+def test_algorithm_1_is_tagged_line_by_line_and_the_readme_shows_the_files_loop():
     code = (HERE / "opsdc.py").read_text().replace(opsdc.__doc__, "")
-    for i in range(1, 10):
-        assert f"[{i}]" in opsdc.__doc__ and len(re.findall(rf"# \[{i}\]$", code, re.M)) == 1, i
-        assert code.count(f"[{i}]") == 1, i
-
-
-def test_the_loop_in_the_readme_is_the_files():
+    for tag in (f"[{i}]" for i in range(1, 10)):
+        assert tag in opsdc.__doc__ and code.count(tag) == code.count(f"  # {tag}\n") == 1, tag
     (listing,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    (loss,) = re.findall(r"`(return .*?)`", README)
-    code, at = [line.strip() for line in (HERE / "opsdc.py").read_text().splitlines()], 0
+    code, at = [line.strip() for line in code.splitlines()], 0
     for line in listing.splitlines():
         at = code.index(line.strip(), at) + 1  # in the listing's order
-    assert len(listing.splitlines()) > 8 and loss in code
+    assert at > 0 and re.search(r"`(return .*?)`", README)[1] in code
 
 
 def test_defaults_are_the_papers():
@@ -438,14 +386,11 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     tokens = [m["response_tokens"] for m in metrics]
     assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
     assert "--- teacher_prompt ---" in printed and re.search(r"^step   16/16  loss ", printed, re.M)
-    contract = (
-        "step loss response_tokens truncated entropy grad_norm refreshed skipped seconds seconds_rollout"
-    )
-    assert {*contract.split(), "seconds_train", "peak_memory_gb"} <= metrics[0].keys()
+    contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped peak_memory_gb"
+    assert {*contract.split(), "seconds", "seconds_rollout", "seconds_train"} <= metrics[0].keys()
     assert "\r" not in printed and "it/s" not in printed  # no bars where nobody looks
     config = json.loads((out / "config.json").read_text())
-    assert config["lr"] == 3e-4 and config["command"][0].endswith("opsdc.py")
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["lr"] == 3e-4 and config["versions"]["torch"] == torch.__version__
     folder = out / "step_16"
     model, trained = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), checkpoint(out, 16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -464,22 +409,25 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
 # ----------------------------------------------------------------------------------------- stops and resuming
 INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
     "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
-    "killed before the export": (-signal.SIGKILL, ["step_2"]), "killed at random": (None, None),
-    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]), "came to its end": (0, ["step_2"]),
+    "killed before the export": (-signal.SIGKILL, ["step_2"]),
+    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
-def test_resumed_run_equals_an_uninterrupted_one(how, resumed, runs):
-    out, checkpoints, printed = resumed[how].result()
-    assert checkpoints == INTERRUPTIONS[how][1]
+def test_resumed_run_equals_an_uninterrupted_one(how, runs, tmp_path):
+    out, (code, checkpoints) = tmp_path / "run", INTERRUPTIONS[how]
+    printed = Forked("--fault", how, *STEADY, "--out", out).end(code)
+    assert os.listdir(out / "checkpoint") == checkpoints
+    for partial in out.rglob("step_*.partial"):
+        (partial / "stale").touch()  # as more processes would have left
+    if code == 143:  # it has finished its step
+        assert (out / "step_3" / "model.safetensors").exists()
+        assert printed.count("stopping after this step") == 1
+    Forked(*STEADY, "--out", out, "--resume").end()
     assert outcome(out) == outcome(runs[1])
     assert os.listdir(out / "checkpoint") == ["step_4"]
     assert not [*out.rglob("*.partial"), *out.rglob("stale")]
-    if how in ("SIGTERM", "SIGINT"):  # it has finished its step
-        assert (out / "step_3" / "model.safetensors").exists() and printed.count(
-            "stopping after this step"
-        ) == 1
 
 
 def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tmp_path):
@@ -545,31 +493,24 @@ def test_what_ends_a_run(fault, code, message, tmp_path):
     assert message in printed and not [*tmp_path.glob("run/step_*")]
 
 
-def test_a_step_returns_its_figures_on_every_process():
+def test_a_step_returns_its_figures_on_every_process(monkeypatch):
     """As a rule that acts on them must know them; a further figure of the tokens is logged by its name."""
-    cfg, scores = opsdc.Config(out=os.devnull, log_rollouts=0), []
-    for kl, entropy, margin in (((1.0, 3.0), (1.0, 1.0), (2.0, 2.0)), ((5.0,), (4.0,), (8.0,))):
-        score = {"entropy": entropy, "kl": kl, "margin": margin}
-        scores.append({name: torch.tensor(values) for name, values in score.items()})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opsdc, "RANK", 1)
-        figures = {"grad_norm": 1.0, "refreshed": False, "skipped": False, "seconds": 1.0}
-        tokenizer = AutoTokenizer.from_pretrained(TOY)
-        metrics = opsdc.log_step(cfg, 2, tokenizer, [9], [([5], [6])] * 2, [[5, 9], [5]], scores, figures)
-    assert (
-        metrics["loss"] == (2 + 5) / 2 and metrics["response_tokens"] == 1.5 and metrics["truncated"] == 0.5
-    )
-    assert metrics["entropy"] == (1 + 1 + 4) / 3 and metrics["margin"] == (2 + 2 + 8) / 3
+    by_name = {"entropy": [[1.0, 1.0], [4.0]], "kl": [[1.0, 3.0], [5.0]], "margin": [[2.0, 2.0], [8.0]]}
+    scores = [{name: torch.tensor(values[i]) for name, values in by_name.items()} for i in (0, 1)]
+    figures = {"grad_norm": 1.0, "refreshed": False, "skipped": False, "seconds": 1.0}
+    cfg, tokenizer = opsdc.Config(out=os.devnull, log_rollouts=0), AutoTokenizer.from_pretrained(TOY)
+    monkeypatch.setattr(opsdc, "RANK", 1)
+    metrics = opsdc.log_step(cfg, 2, tokenizer, [9], [([5], [6])] * 2, [[5, 9], [5]], scores, figures)
+    assert metrics["loss"] == (2 + 5) / 2 and metrics["entropy"] == (1 + 1 + 4) / 3
+    assert (metrics["response_tokens"], metrics["truncated"], metrics["margin"]) == (1.5, 0.5, 4.0)
 
 
 # --------------------------------------------------------------------------------------- the folder of a run
 @pytest.mark.parametrize("harm, flags, message", (
     (None, "", "already holds a run: continue it with --resume, or choose another folder"),
-    (("metrics.jsonl", lambda log: [x.unlink() for x in log.parent.glob("*.jsonl")]), "", "already holds"),
     (None, "--resume --lr 1", ": lr was 0.0003, is 1.0: choose another folder"),
     (("config.json", lambda file: write(file, {"a_fork's": 0.05})), "--resume", "was 0.05, is None"),
     (("checkpoint", shutil.rmtree), "--resume", "has logs, but its folder checkpoint is gone"),
-    (("checkpoint", shutil.rmtree), "", "already holds a run"),
     (("config.json", os.remove), "--resume", "holds other files than a run's: choose another folder"),
 ))  # fmt: skip
 def test_an_existing_run_is_kept_as_it_is(harm, flags, message, runs, tmp_path):
@@ -621,100 +562,55 @@ def test_a_run_goes_on_with_the_same_data_and_model_only(file, old, new, what, t
 
 
 # ----------------------------------------------------------------------------------------------------- models
-def spoilt(model, part, value):
-    model.get_parameter(part).data[3] = value
-    return model
-
-
 MINIMAX = dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=4)
 MINIMAX |= dict(attn_implementation="eager")
-MAMBA = dict(state_size=4)
-JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4)
-HEAD, OTHERS, TIED = "hidden states times LM head", "padded on the left or", "its LM head is no embedding"
 
 
-@pytest.mark.parametrize("make, message", (
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=30.0), HEAD),  # all logits are near 0
-    (lambda: tiny(0, "Cohere", logit_scale=0.5), HEAD),
-    (lambda: spoilt(tiny(0, "Phi"), "lm_head.bias", 9), HEAD),
-    (lambda: spoilt(tiny(), "model.norm.weight", math.nan), OTHERS),
-    (lambda: tiny(0, "MiniMax", **MINIMAX), OTHERS),  # its state takes in the padding
-    (lambda: (model := tiny(), setattr(model.config, "tie_word_embeddings", True))[0], TIED),
-))  # fmt: skip
-def test_models_that_would_be_trained_wrongly_are_refused(make, message):
-    error = failure(opsdc.shard, make())
-    assert error.startswith("--model: ") and message in error
-
-
-@pytest.mark.parametrize("make, part", (
-    (lambda: tiny(0, "Gemma2", final_logit_softcapping=None), None),
-    (lambda: tiny(0, "Jamba", **JAMBA), None),
-    (lambda: tiny(0, "Mamba", **MAMBA), None), (lambda: tiny(), None), (lambda: tiny(), 4),
-))  # fmt: skip
-def test_models_that_are_let_through_are_read_rightly(make, part):
-    """Padded on the left and through a cache, as by a plain pass; Jamba's state is lost between two parts."""
-    model = make()
-    assert opsdc.reads_alike(model, part)
-    greedy, prompts = opsdc.sampling_settings([1], 30, temperature=0), [[*range(3, n)] for n in (20, 7, 40)]
-    greedy.prefill_chunk_size = part
-    for prompt, response in zip(prompts, opsdc.rollout(model, prompts, greedy, 0)):
-        assert response == plain_logits(model, prompt, response).argmax(-1).tolist()
-    assert type(model).__name__ != "JambaForCausalLM" or not opsdc.reads_alike(model, part=4)
+def test_models_that_would_be_trained_wrongly_are_refused():
+    tied_by_its_config_alone = tiny()
+    tied_by_its_config_alone.config.tie_word_embeddings = True
+    for model, message in (
+        (tiny(0, "Gemma2", final_logit_softcapping=30.0), "hidden states times LM head"),
+        (tiny(0, "Cohere", logit_scale=0.5), "hidden states times LM head"),
+        (tiny(0, "MiniMax", **MINIMAX), "padded on the left or"),  # its state takes in the padding
+        (tied_by_its_config_alone, "its LM head is no embedding"),
+    ):
+        error = failure(opsdc.shard, model)
+        assert error.startswith("--model: ") and message in error
 
 
 WITH_BUFFERS = {"Qwen3": {}, "MiniMaxM2": dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8)}
 
 
 @pytest.mark.parametrize("name", WITH_BUFFERS)
-def test_a_step_is_saved_exported_and_resumed(name, tmp_path):
+def test_a_step_is_saved_and_exported(name, tmp_path):
     """For models with buffers, some of which are saved and some are not: what comes out of the exported
     folder equals what an ordinary model gives with the weights of the checkpoint."""
-    model = tiny(0, name, vocab_size=512, **WITH_BUFFERS[name])
-    biases = [x for key, x in model.named_buffers() if key.endswith("e_score_correction_bias")]
-    for bias in biases:
-        bias.copy_(torch.arange(bias.numel()) - 1.0)
-    folder = copy_of_toy(tmp_path / "model")
+    model, folder = tiny(0, name, vocab_size=512, **WITH_BUFFERS[name]), copy_of_toy(tmp_path / "model")
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.arange(buffer.numel()) - 1.0)
     model.save_pretrained(folder)
-    tokenizer, *_ = opsdc.inspect_model(str(folder))
     student, teacher = (opsdc.shard(opsdc.load_model(str(folder))) for _ in range(2))
-    teacher.load_state_dict(student.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     state = opsdc.training_state(student, teacher, optimizer)
     cfg, (batch, responses) = opsdc.Config(out=str(tmp_path), resume=True), ragged_batch()
-    assert "is not seen by this machine" in failure(opsdc.load_checkpoint, cfg, state, code=1)
-    write(tmp_path / "config.json", "")
-    assert opsdc.load_checkpoint(cfg, state) == 0
-    kl = token_kl(student, teacher, batch, responses)
-    for ours, prompt, response in zip(kl, batch, responses):
+    for ours, prompt, response in zip(token_kl(student, teacher, batch, responses), batch, responses):
         exact, _ = plain_scores(model, model, prompt, response)
         torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-3, atol=1e-5)
     optimizer.step()
+    assert "is not seen by this machine" in failure(opsdc.load_checkpoint, cfg, state, code=1)
     opsdc.save_checkpoint(cfg, 1, state)
-    opsdc.export(cfg, 1, student, tokenizer)
-    saved = checkpoint(tmp_path, 1)
+    opsdc.export(cfg, 1, student, opsdc.inspect_model(str(folder))[0])
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1", dtype="auto").eval()
     assert exported.dtype == torch.bfloat16
+    ids, saved = torch.arange(3, 60)[None], checkpoint(tmp_path, 1)
     with torch.no_grad():
-        before = model(ids := torch.arange(3, 60)[None]).logits
+        before = model(ids).logits
         for key, p in model.named_parameters():
             p.copy_(saved[f"student.{key}"].bfloat16())
         after = model(ids).logits
         assert torch.equal(exported.float()(ids).logits, after) and not torch.equal(before, after)
-        for x in state.values():
-            x.zero_()
-    assert opsdc.load_checkpoint(cfg, state) == 1
-    for key, x in state.items():
-        assert torch.equal(x.full_tensor() if hasattr(x, "full_tensor") else x, saved[key]), key
-
-
-def test_student_and_teacher_are_alike_in_bf16_too(tmp_path):
-    """Gemma 3 scales its embeddings by a buffer: rounded in one of the two, it would part them."""
-    model = tiny(0, "Gemma3Text", vocab_size=512, layer_types=["full_attention"] * 2).bfloat16()
-    model.save_pretrained(tmp_path)
-    student, teacher = (opsdc.shard(opsdc.load_model(str(tmp_path))).float() for _ in range(2))
-    assert {p.dtype for p in (*student.parameters(), *teacher.parameters())} == {torch.float32}
-    batch, responses = ragged_batch()
-    assert not torch.cat(token_kl(student, teacher, [[x, x] for x, _ in batch], responses)).any()
 
 
 def test_weights_that_are_missing(tmp_path):
@@ -727,11 +623,10 @@ def test_weights_that_are_missing(tmp_path):
 
 
 def test_what_a_model_folder_may_hold(tmp_path):
-    """Stop tokens are the model's and the tokenizer's. Habits of sampling and an unused entry do no harm."""
+    """Stop tokens are the model's and the tokenizer's."""
     model = copy_of_toy(tmp_path / "model")
     write(model / "generation_config.json", {"eos_token_id": [5, 9], "num_beams": 4})
     tokenizer, stop_tokens, *_ = opsdc.inspect_model(str(model))
-    opsdc.shard(opsdc.load_model(str(model)))
     assert stop_tokens == [5, 9, 507]
     (model / "generation_config.json").unlink()  # then config.json's
     tokenizer.add_tokens(["Hmm!"])
@@ -739,25 +634,20 @@ def test_what_a_model_folder_may_hold(tmp_path):
     assert opsdc.inspect_model(str(model))[1] == [507]
 
 
-LONG_ROPE = {"long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
-SWITCH = {"original_max_position_embeddings": 64}
-LONG_ROPE_5 = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **SWITCH, **LONG_ROPE}}
-LONG_ROPE_4 = {"model_type": "phi3", **SWITCH, "rope_scaling": {"type": "longrope", **LONG_ROPE}}
+LONG_ROPE = {"long_factor": [2.0] * 16, "short_factor": [1.0] * 16, "original_max_position_embeddings": 64}
+LONG_ROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG_ROPE}}
 
 
 @pytest.mark.parametrize("file, content, message", (
     ("config.json", None, "model cannot be read: "),
     ("chat_template*", None, "model: its tokenizer has no chat template"),
-    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "cannot be read: "),
     ("config.json", {"vocab_size": 400}, "model: its tokenizer is larger than its vocabulary"),
     ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "model: its weights are quantized"),
-    ("config.json", LONG_ROPE_5, "--max_response_tokens 40: the model's context leaves 17"),
-    ("config.json", LONG_ROPE_4, "--max_response_tokens 40: the model's context leaves 17"),
+    ("config.json", LONG_ROPE, "--max_response_tokens 40: the model's context leaves 17"),
     ("*config.json", {"eos_token_id": None, "eos_token": None}, "neither its config nor its tokenizer"),
 ))  # fmt: skip
 def test_models_that_cannot_be_used(file, content, message, refused, tmp_path):
     model = copy_of_toy(tmp_path / "model")
-    write(model / "evil.py", f"open({str(tmp_path / 'was-run')!r}, 'w')")
     for path in model.glob(file):
         path.unlink() if content is None else write(path, content)
     assert message in refused("--model", model)
@@ -789,9 +679,9 @@ def test_rows_are_those_of_the_file(kind, tmp_path):
 
 
 def test_answers_keep_their_digits(tmp_path):
-    digits = ("0.00001", "1.10", "3.0", "12345678901234567890", "0.1234567890123456789")
-    (tmp_path / "x.jsonl").write_text("".join(f'{{"answer": {x}}}\r\n' for x in digits))
-    assert [str(row["answer"]) for row in opsdc.load_rows(str(tmp_path / "x.jsonl"))] == list(digits)
+    digits = ["0.00001", "1.10", "3.0", "12345678901234567890", "0.1234567890123456789"]
+    write(tmp_path / "x.jsonl", "".join(f'{{"answer": {x}}}\r\n' for x in digits))
+    assert [str(row["answer"]) for row in opsdc.load_rows(str(tmp_path / "x.jsonl"))] == digits
 
 
 @pytest.mark.parametrize("name, content, message", (
@@ -811,18 +701,12 @@ def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
 
 @pytest.mark.parametrize("flags, message", (
     ("--steps 0", "--steps is 0, must be above 0"), ("--temperature 0", "--temperature is 0.0, must be"),
-    ("--lr nan", "--lr is nan, must be above 0"),
-    *((f"--instruction {x}", "--instruction is '.*', must be v1, v2 or") for x in ("' '", "V2.", "v3")),
+    ("--lr nan", "--lr is nan, must be above 0"), ("--refresh 3", "unrecognized arguments: --refresh 3"),
+    ("--instruction ' '", "is ' ', must be v1, v2 or"), ("--instruction v3", "is 'v3', must be v1, v2 or"),
     ("--batch_size 6 --micro_batch_size 4", "--batch_size 6 must be a multiple of 4"),
-    ("--lr high", "argument --lr: invalid float value: 'high'"),
-    ("--divergence kl", "argument --divergence: invalid choice: 'kl'"),
-    ("--refresh 3", "unrecognized arguments: --refresh 3"),
     ("--max_response_tokens 1020", "--max_response_tokens 1020: the model's context leaves 977"),
     ("--max_prompt_tokens 5", "none of 1 prompts fits --max_prompt_tokens 5"),
-    ("--data nobody/nothing", "--data nobody/nothing: "),
-    ("--model nobody/nothing", "--model nobody/nothing cannot be read: "),
     ("--out HERE", " holds other files than a run's: choose another folder"),
-    (f"--out {TOY}", " holds other files than a run's: choose another folder"),
 ))  # fmt: skip
 def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
     assert re.search(message, refused(*shlex.split(flags.replace("HERE", str(tmp_path)))))
@@ -913,19 +797,6 @@ def steady_sampler():
     return model
 
 
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
 def write(file, content):
     """A text, or settings to be changed in a JSON file."""
     if isinstance(content, dict):
@@ -982,7 +853,7 @@ class Forked:
             self.processes[-1].start()
 
     def end(self, code=0):
-        """Wait for all processes returns what they printed."""
+        """Wait for all processes; returns what they printed."""
         for process in self.processes:
             process.join(timeout=120)
         with self.output:  # closed here: a process forked later must not remove the file in our place
@@ -990,21 +861,13 @@ class Forked:
         assert {process.exitcode for process in self.processes} == {code}, printed
         return printed
 
-    def kill(self, after=0):
-        time.sleep(after)
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.output.close()
 
-
-def child(flags, env=None, output=None):
+def child(flags, env, output):
     """What a process of a test does: train, with a fault or without."""
-    if output:
-        os.environ.update(env)
-        file = os.open(output, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
-        importlib.reload(opsdc)  # it looks at the environment
+    os.environ.update(env)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    importlib.reload(opsdc)  # it looks at the environment
     if flags[0] == "--fault":
         if opsdc.RANK == opsdc.WORLD - 1:  # in the last process
             FAULTS[flags[1]]()
@@ -1078,33 +941,6 @@ def runs(tmp_path_factory):
     return half, steady
 
 
-@pytest.fixture(scope="module")
-def resumed(runs, tmp_path_factory):
-    """STEADY interrupted in each of these ways and resumed, two at a time."""
-
-    def one(how):
-        out, printed = tmp_path_factory.mktemp("resumed") / "run", ""
-        code, checkpoints = INTERRUPTIONS[how]
-        if how == "came to its end":
-            shutil.copytree(runs[0], out)
-        elif how == "killed at random":
-            process = Forked(*STEADY, "--out", out)
-            while not (out / "metrics.jsonl").exists():
-                time.sleep(0.01)
-            process.kill(after=random.uniform(0, 1.5))
-        else:
-            printed = Forked("--fault", how, *STEADY, "--out", out).end(code)
-        if checkpoints is not None:
-            checkpoints = sorted(os.listdir(out / "checkpoint"))
-        for partial in out.rglob("step_*.partial"):
-            (partial / "stale").touch()  # as more processes would have left
-        Forked(*STEADY, "--out", out, "--resume").end()
-        return out, checkpoints, printed
-
-    with ThreadPoolExecutor(2) as pool:
-        return {how: pool.submit(one, how) for how in INTERRUPTIONS}
-
-
 def outcome(out, steps=(2, 4)):
     """All that a run leaves which must not depend on interruptions: figures other than times, and weights."""
     times = ("seconds", "seconds_rollout", "seconds_train", "peak_memory_gb")
@@ -1140,9 +976,7 @@ def begun(*flags):
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
     """A function that returns the error line of a training run with these flags. No model may be loaded and
-    nothing written, and the hub is out of reach."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    nothing written."""
     data = write(tmp_path / "good.jsonl", '{"prompt": "x"}')
 
     def refused(*flags):
@@ -1154,7 +988,3 @@ def refused(tmp_path, monkeypatch):
         return error
 
     return refused
-
-
-if __name__ == "__main__":
-    child(sys.argv[1:])
