@@ -1,10 +1,9 @@
 """Accuracy and average response tokens of a model: what OPSDC must hold, and what it is to lower.
 
     OMP_NUM_THREADS=1 python eval.py --model toy --data toy/test.jsonl --batch_size 200
-    torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 \
-        --out runs/eval/base
+    torchrun --nproc_per_node 8 eval.py --model Qwen/Qwen3-8B --data math500,aime24,aime25 --out runs/base
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
-        --out runs/eval/opsdc --baseline runs/eval/base/results.json
+        --out runs/trained --baseline runs/base/results.json
 
 The prompt is what the student sees in training; with --instruction it is the teacher's. Accuracy is mean@n,
 the mean over n samples of each problem, under three verdicts, since a grader that reads one format only takes
@@ -148,10 +147,8 @@ def matches(gold, text):
         return chosen_letter(text) == gold.strip("()")
     if gold.replace(" ", "").lower() == text.replace(" ", "").lower() and not re.search(r"\d \d", text):
         return text != ""
-    both = f"{gold}\n{text}"
-    if not re.search(r"[^A-Za-z\s'-]|\b[A-Za-z]\b", both):  # words: as products, on and no would be equal
-        return False
-    if len(set(re.findall(r"(?m)\d_\{?(\d+)\}?$", both))) > 1:  # 412_5 and 412_6
+    bases = set(re.findall(r"(?m)\d_\{?(\d+)\}?$", f"{gold}\n{text}"))
+    if len(bases) > 1:  # 412_5 and 412_6
         return False
     if len(set(re.findall(r"(\w+)\s*=", gold))) > 1 and not re.search("[=(]", text):
         gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"  # a = 1, b = 2: the order counts
@@ -266,12 +263,10 @@ def with_gold(row):
 
 # --------------------------------------------------------------------------------------------------- sampling
 def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
-    """A response to each prompt, as lists of token ids. With its prompt it has at most limits[i] tokens.
-
-    One call of rollout() would compute every row until the longest response ends. In legs, responses that
-    are done leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV
-    cache of `rows` texts of full length holds.
-    """
+    """A response to each prompt, as lists of token ids. With its prompt it has at most limits[i] tokens. One
+    call of rollout() would compute every row until the longest response ends. In legs, those that are done
+    leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV cache of
+    `rows` texts of full length holds."""
     texts, waiting, leg = list(prompts), list(range(len(prompts))), 0
     full = max(limits)
     room = rows * full  # tokens in the KV cache

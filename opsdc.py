@@ -466,8 +466,7 @@ def check_model(model):
 
 @torch.no_grad()
 def reads_alike(model, part=None):
-    """Whether generate() comes to the logits of a plain pass, although it pads on the left, keeps a cache and
-    reads `part` tokens at a time (None: all of them)."""
+    """Whether generate() has a plain pass's logits, with padding and a cache, `part` tokens at a time."""
     text = torch.arange(3, 11, device=model.device)[None]  # [1, S]
     padded = torch.nn.functional.pad(text, (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(text), (3, 0))
@@ -695,12 +694,8 @@ def log_step(cfg, step, tokenizer, stop_tokens, batch, responses, scores, figure
     records = sum(all_records, [])
     lengths = [len(record["response_ids"]) for record in records]
     cut_off = [record["response_ids"][-1] not in stop_tokens for record in records]
-    metrics = {
-        "step": step,
-        "loss": sum(record["kl"] for record in records) / len(records),
-        "response_tokens": sum(lengths) / len(records),
-        "truncated": sum(cut_off) / len(records),
-    }
+    metrics = {"step": step, "loss": sum(record["kl"] for record in records) / len(records)}
+    metrics |= {"response_tokens": sum(lengths) / len(records), "truncated": sum(cut_off) / len(records)}
     for name in scores[0]:  # means over tokens; the loss is one over responses
         if name != "kl":
             metrics[name] = sum(record[name] * T for record, T in zip(records, lengths)) / sum(lengths)

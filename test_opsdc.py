@@ -169,7 +169,6 @@ def test_unsharded_is_an_ordinary_model_with_the_same_logits_and_goes_at_once():
     assert all(torch.equal(weights[name], p) for name, p in plain.named_parameters())
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, student(ids).logits)
-    assert not any(hasattr(p, "full_tensor") for p in plain.parameters())
     half = opsdc.unsharded(student, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert {x.dtype for x in half.buffers()} == {torch.float32}
@@ -242,14 +241,11 @@ def test_standard_form(row):
 
 
 def test_any_other_prompt():
-    """It gets the instruction on top, and thinking is asked for."""
+    """It gets the instruction on top."""
     system = {"role": "system", "content": "You are terse."}
     row = {"prompt": [system, {"role": "user", "content": "Name a bird."}]}
     expected = [system, {"role": "user", "content": "Be brief.\n\nName a bird."}]
     assert opsdc.teacher_messages(row, "Be brief.") == expected
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
-    ids = opsdc.prompt_ids(tokenizer, opsdc.student_messages({"prompt": " What is 2 + 3?\n"}))
-    assert tokenizer.decode(ids) == "<|im_start|>user\n What is 2 + 3?\n<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("template, text", (
@@ -266,7 +262,6 @@ def test_each_epoch_is_covered_once(monkeypatch):
     def drawn(steps, batch_size, seed=0):
         cfg = opsdc.Config(seed=seed, steps=steps, batch_size=batch_size)
         batches = opsdc.shuffled_batches(list(range(10)), cfg)
-        assert len(batches) == steps
         return [row for batch in batches for row in batch]
 
     order = drawn(12, batch_size=5)
@@ -366,7 +361,6 @@ def test_weights_and_moments_are_kept_in_fp32_where_the_files_are_bf16(tmp_path)
 
 
 def test_random_numbers_depend_on_seed_step_and_process(tmp_path):
-    """The same prompt again and again, by weights that hardly move."""
     data = write(tmp_path / "one.jsonl", '{"prompt": "What is 2 + 3?"}')
     flags = (*SHORT_RUN, "--data", data, "--lr", 1e-12, "--temperature", 3, "--log_rollouts", 4, "--steps", 2)
     runs = [Forked(*flags, "--out", tmp_path / str(seed), "--seed", seed, processes=2) for seed in (-1, -2)]
@@ -407,16 +401,13 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
 
 
 # ----------------------------------------------------------------------------------------- stops and resuming
-INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
-    "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
-    "killed before the export": (-signal.SIGKILL, ["step_2"]),
-    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", INTERRUPTIONS)
-def test_resumed_run_equals_an_uninterrupted_one(how, runs, tmp_path):
-    out, (code, checkpoints) = tmp_path / "run", INTERRUPTIONS[how]
+@pytest.mark.parametrize("how, code, checkpoints", (
+    ("killed in a step", -signal.SIGKILL, []), ("killed while saving", -signal.SIGKILL, ["step_2.partial"]),
+    ("killed before the export", -signal.SIGKILL, ["step_2"]), ("SIGTERM", 143, ["step_3"]),
+    ("SIGINT", 143, ["step_3"]),
+))  # fmt: skip
+def test_resumed_run_equals_an_uninterrupted_one(how, code, checkpoints, runs, tmp_path):
+    out = tmp_path / "run"
     printed = Forked("--fault", how, *STEADY, "--out", out).end(code)
     assert os.listdir(out / "checkpoint") == checkpoints
     for partial in out.rglob("step_*.partial"):
@@ -454,7 +445,6 @@ def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tm
     assert [r["step"] for r in records] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     assert len({r["student_prompt"] for r in records}) == 16
     assert metrics[1]["loss"] == pytest.approx(sum(r["kl"] for r in records[4:8]) / 4, rel=1e-6)
-    AutoModelForCausalLM.from_pretrained(machines / "step_4")
 
 
 @pytest.mark.parametrize("whom", (os.kill, os.killpg))
@@ -688,7 +678,6 @@ def test_answers_keep_their_digits(tmp_path):
     ("x.jsonl", None, "x.jsonl: FileNotFoundError(2, "),
     ("x.csv", "prompt\nx\n", "a file must end in .jsonl, .json or .parquet"),
     ("x.jsonl", "\n", "x.jsonl: ValueError('none of 0 prompts fits --max_prompt_tokens 1024"),
-    ("x.jsonl", '{"prompt": "x"}\n\n{"prompt": "y}\n', "x.jsonl: JSONDecodeError('Unterminated string"),
     ("x.jsonl", '{"text": "x", "id": 1}', "no column prompt, problem or question, but text, id"),
     ("x.jsonl", json.dumps({"prompt": opsdc.STEP_BY_STEP}), "row 1: the teacher's prompt is the student's"),
 ))  # fmt: skip
@@ -705,7 +694,6 @@ def test_data_that_cannot_be_used(name, content, message, refused, tmp_path):
     ("--instruction ' '", "is ' ', must be v1, v2 or"), ("--instruction v3", "is 'v3', must be v1, v2 or"),
     ("--batch_size 6 --micro_batch_size 4", "--batch_size 6 must be a multiple of 4"),
     ("--max_response_tokens 1020", "--max_response_tokens 1020: the model's context leaves 977"),
-    ("--max_prompt_tokens 5", "none of 1 prompts fits --max_prompt_tokens 5"),
     ("--out HERE", " holds other files than a run's: choose another folder"),
 ))  # fmt: skip
 def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
@@ -755,11 +743,9 @@ def plain_logits(model, prompt, response, temperature=1.0):
 
 def plain_scores(student, teacher, prompt, response, temperature=1.0):
     """KL(q_t || p_t) and entropy of q_t, of one sequence, in float64 by torch.distributions -> [T], [T]."""
-    q, p = (
-        Categorical(logits=plain_logits(model, ids, response, temperature).double())
-        for model, ids in zip((student, teacher), prompt)
-    )
-    return kl_divergence(q, Categorical(logits=p.logits.detach())), q.entropy()
+    q = Categorical(logits=plain_logits(student, prompt[0], response, temperature).double())
+    p = Categorical(logits=plain_logits(teacher, prompt[1], response, temperature).detach().double())
+    return kl_divergence(q, p), q.entropy()
 
 
 def token_kl(student, teacher, batch, responses):
@@ -977,11 +963,10 @@ def begun(*flags):
 def refused(tmp_path, monkeypatch):
     """A function that returns the error line of a training run with these flags. No model may be loaded and
     nothing written."""
-    data = write(tmp_path / "good.jsonl", '{"prompt": "x"}')
 
     def refused(*flags):
         monkeypatch.setattr(opsdc, "load_model", None)
-        before = sorted(tmp_path.rglob("*"))
+        data, before = write(tmp_path / "good.jsonl", '{"prompt": "x"}'), sorted(tmp_path.rglob("*"))
         usual = ("--data", data, "--model", TOY, "--out", tmp_path / "run", "--max_response_tokens", 40)
         error = refusal(opsdc.main, *usual, *flags)
         assert sorted(tmp_path.rglob("*")) == before
