@@ -110,11 +110,8 @@ def last_answer_line(text):
 
 
 def last_box(text):
-    r"""What stands in the last \boxed{}; \boxed{3} and \boxed{5} are a list. Nothing if it never closes."""
-    neighbours = rf"(?:{BOX}(?:[\s$,;]|\\[()]|and|or)*)+"
-    runs = ["", *(run[0] for run in re.finditer(neighbours, text))]
-    boxes = dict.fromkeys(re.findall(BOX, runs[-1]))
-    return "" if "" in boxes else ", ".join(boxes)
+    r"""What stands in the last \boxed{}. Nothing if it never closes."""
+    return ["", *re.findall(BOX, text)][-1]
 
 
 def plain(text):
@@ -272,9 +269,8 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
     room = rows * full  # tokens in the KV cache
     while waiting:
         waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
-        # A leg reads all its texts once and computes a row that ends to its own end. At an eighth of the
-        # longest that is 9 tokens read for each one written (reading is some hundred times as fast), and a
-        # sixteenth of a response written in vain.
+        # A leg reads its texts once and computes each row to the leg's end. At an eighth of the longest text
+        # that is 9 tokens read for each one written (a hundred times as fast), a sixteenth written in vain.
         ends = [min(len(texts[i]) + max(64, len(texts[i]) // 8), full) for i in waiting]
         count = sum(rows_so_far * end <= room for rows_so_far, end in enumerate(ends, 1))
         writing, waiting = waiting[:count], waiting[count:]
@@ -300,8 +296,7 @@ def split_work(cfg, problems):
 
 
 def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
-    """Write and grade the responses of this process's units, a file for each: a kill loses one unit of each
-    process."""
+    """Write and grade this process's units, a file for each: a kill loses the one that is being written."""
     knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
     sampling = opsdc.sampling_settings(stop_tokens, *knobs)
     if not opsdc.reads_alike(model):
@@ -419,9 +414,7 @@ def main():
     cfg = opsdc.parse_args(Config, "samples_per_problem max_response_tokens batch_size top_p")
     tokenizer, stop_tokens, context, model_files = opsdc.inspect_model(cfg.model)
     problems = load_problems(cfg, tokenizer, context)
-    questions = {}
-    for name, some in problems.items():
-        questions[name] = digest([(problem["question"], problem["gold"]) for problem in some])
+    questions = {name: digest([(x["question"], x["gold"]) for x in some]) for name, some in problems.items()}
     baseline = load_baseline(cfg, questions) if cfg.baseline else {}
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("out", "baseline")}
     # What else determines the samples; a folder with those of other weights or rows is refused.
