@@ -117,7 +117,7 @@ def test_grader_reads_the_final_answer_and_nothing_else():
     assert verdicts("\\boxed{1}. No, it is \\boxed{\\frac{3}{\\sqrt{4}}}", "\\frac{3}{\\sqrt{4}}") == BOXED
     assert verdicts("\\boxed{1}. No, \\fbox{2}", "2") == verdicts("\\boxed {3}", "3") == BOXED
     assert verdicts("\\boxed{1} or \\boxed{2}", "1") == verdicts("\\boxed{C = 2}\nAnswer: A", "C") == WRONG
-    assert verdicts("Answer: \\boxed{4}", "4") == {"answer": True, "boxed": True, "dual": True}
+    assert verdicts("Answer: $\\boxed{B}$", "B") == {"answer": True, "boxed": True, "dual": True}
     assert verdicts("\\boxed{\\boxed{4}}", "4") == verdicts("$\\boxed{4}$\n\n$\\boxed{4}$", "4") == BOXED
     assert verdicts("\\boxed{4}. No, \\boxed{5", "4") == verdicts("\\boxed{4}. No, \\boxed{5", "5") == WRONG
     assert verdicts("\\boxed{5. No, \\boxed{4}", "4") == BOXED
