@@ -372,34 +372,6 @@ def test_random_numbers_depend_on_seed_step_and_process(tmp_path):
     assert len(halves) == 8  # 2 seeds, 2 steps, 2 processes
 
 
-def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launched):
-    out, printed = launched[0] / "toy", ended(launched[1]["toy"])
-    metrics = lines(out / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == list(range(1, 17))
-    assert [m["step"] for m in metrics if m["refreshed"]] == [12]
-    tokens = [m["response_tokens"] for m in metrics]
-    assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
-    assert "--- teacher_prompt ---" in printed and re.search(r"^step   16/16  loss ", printed, re.M)
-    contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped peak_memory_gb"
-    assert {*contract.split(), "seconds", "seconds_rollout", "seconds_train"} <= metrics[0].keys()
-    assert "\r" not in printed and "it/s" not in printed  # no bars where nobody looks
-    config = json.loads((out / "config.json").read_text())
-    assert config["lr"] == 3e-4 and config["versions"]["torch"] == torch.__version__
-    folder = out / "step_16"
-    model, trained = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), checkpoint(out, 16)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16 and type(model).__name__ == "Qwen3ForCausalLM"
-    assert all(torch.equal(p, trained[f"student.{name}"].bfloat16()) for name, p in model.named_parameters())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (folder / name).read_bytes() == Path(TOY, name).read_bytes()
-    base, saved = (json.loads(Path(some, "config.json").read_text()) for some in (TOY, folder))
-    assert {k for k in base if base[k] != saved.get(k)} <= {"dtype", "transformers_version"}
-    ids = opsdc.prompt_ids(tokenizer, [{"role": "user", "content": "What is 20 + 4?"}])
-    written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
-    text = tokenizer.decode(written[0, len(ids) :])
-    assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
-
-
 # ----------------------------------------------------------------------------------------- stops and resuming
 @pytest.mark.parametrize("how, code, checkpoints", (
     ("killed in a step", -signal.SIGKILL, []), ("killed while saving", -signal.SIGKILL, ["step_2.partial"]),
@@ -447,16 +419,15 @@ def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tm
     assert metrics[1]["loss"] == pytest.approx(sum(r["kl"] for r in records[4:8]) / 4, rel=1e-6)
 
 
-@pytest.mark.parametrize("whom", (os.kill, os.killpg))
-def test_torchrun_is_told_to_stop(whom, tmp_path):
-    """Alone, or with its processes, which then hear it twice. The last step is saved and exported whole."""
+def test_torchrun_and_its_processes_are_told_to_stop(tmp_path):
+    """The processes hear it twice then. The last step is saved and exported whole."""
     out = tmp_path / "run"
     flags = (*SHORT_RUN, "--steps", 5000, "--save_every", 5000, "--out", out)
     torchrun = launch(command(*flags, launcher="--standalone --nproc_per_node=2"), start_new_session=True)
     while not (out / "metrics.jsonl").exists():
         assert torchrun.poll() is None, ended(torchrun)
         time.sleep(0.05)
-    whom(torchrun.pid, signal.SIGTERM)
+    os.killpg(torchrun.pid, signal.SIGTERM)
     printed, last = ended(torchrun, code=1), len(lines(out / "metrics.jsonl"))
     assert "stopping after this step" in printed
     assert os.listdir(out / "checkpoint") == [f"step_{last}"] and checkpoint(out, last)
@@ -700,6 +671,35 @@ def test_settings_that_cannot_be_followed(flags, message, refused, tmp_path):
     assert re.search(message, refused(*shlex.split(flags.replace("HERE", str(tmp_path)))))
 
 
+# ---------------------------------------------------------------------------------------- all of it together
+def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launched):
+    out, printed = launched[0] / "toy", ended(launched[1]["toy"])
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 13))
+    assert [m["step"] for m in metrics if m["refreshed"]] == [9]
+    tokens = [m["response_tokens"] for m in metrics]
+    assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
+    assert "--- teacher_prompt ---" in printed and re.search(r"^step   12/12  loss ", printed, re.M)
+    contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped peak_memory_gb"
+    assert {*contract.split(), "seconds", "seconds_rollout", "seconds_train"} <= metrics[0].keys()
+    assert "\r" not in printed and "it/s" not in printed  # no bars where nobody looks
+    config = json.loads((out / "config.json").read_text())
+    assert config["lr"] == 3e-4 and config["versions"]["torch"] == torch.__version__
+    folder = out / "step_12"
+    model, trained = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), checkpoint(out, 12)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and type(model).__name__ == "Qwen3ForCausalLM"
+    assert all(torch.equal(p, trained[f"student.{name}"].bfloat16()) for name, p in model.named_parameters())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == Path(TOY, name).read_bytes()
+    base, saved = (json.loads(Path(some, "config.json").read_text()) for some in (TOY, folder))
+    assert {k for k in base if base[k] != saved.get(k)} <= {"dtype", "transformers_version"}
+    ids = opsdc.prompt_ids(tokenizer, [{"role": "user", "content": "What is 20 + 4?"}])
+    written = model.float().generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)
+    text = tokenizer.decode(written[0, len(ids) :])
+    assert "20 + 4 = 24" in text and text.endswith("<|im_end|>")
+
+
 # ----------------------------------------------- harness: how models are made, runs started, faults injected
 @pytest.fixture(autouse=True, scope="module")
 def process_group(request):
@@ -810,7 +810,7 @@ def free_port():
 
 def launch(line, **options):
     streams = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen(line, cwd=HERE, **streams, **options)
+    return subprocess.Popen(line, **streams, **options)
 
 
 def ended(process, code=0):
@@ -905,14 +905,15 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Runs that start Python as a user does, all at once, while other tests go on: sixteen steps of the
-    README's toy command, and two machines under torchrun."""
+    """Runs that start Python as a user does, all at once, while other tests go on: twelve steps of README's
+    toy command, and two machines under torchrun. What Forked forks from is started, too."""
     out = tmp_path_factory.mktemp("launched")
     toy = ("--model", TOY, "--data", f"{TOY}/train.jsonl", "--lr", 3e-4, "--max_response_tokens", 320)
-    toy += ("--refresh_every", 12, "--micro_batch_size", 4, "--steps", 16, "--out", out / "toy")
+    toy += ("--refresh_every", 9, "--micro_batch_size", 4, "--steps", 12, "--out", out / "toy")
     meet = f"--nnodes=2 --local-addr=127.0.0.1 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}"
     agent = command(*STEADY, "--out", out / "machines", launcher=meet)
     processes = {"toy": launch(command(*toy)), "machine 1": launch(agent), "machine 2": launch(agent)}
+    multiprocessing.forkserver.ensure_running()
     yield out, processes
     for process in processes.values():
         process.kill()

@@ -27,13 +27,15 @@ def fork(request, tmp_path, monkeypatch):
     if name == "lora":
         pytest.importorskip("peft", reason="pip install peft accelerate")
     shutil.copy(ROOT / "opsdc.py", tmp_path)
+    rows = (TOY / "train.jsonl").read_text().splitlines(keepends=True)[:64]
+    (tmp_path / "some.jsonl").write_text("".join(rows))
     subprocess.run(["git", "apply", FORKS / f"{name}.patch"], cwd=tmp_path, check=True)
     (tmp_path / "opsdc.py").rename(tmp_path / f"opsdc_{name}.py")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(f"opsdc_{name}")
 
     def run(*flags, steps=2):
-        flags += ("--model", TOY, "--data", TOY / "train.jsonl", "--out", module.out, "--resume")
+        flags += ("--model", TOY, "--data", tmp_path / "some.jsonl", "--out", module.out, "--resume")
         flags += ("--steps", steps, "--batch_size", 4, "--max_response_tokens", 160, "--log_rollouts", 4)
         module.train(module.parse_args(module.Config, "", list(map(str, flags))))
         metrics = module.read_lines(module.out / "metrics.jsonl")
@@ -118,8 +120,7 @@ def test_off_policy(fork):
         assert_close(torch.tensor(rollout["token_kl"]), loss, rtol=1e-3, atol=1e-4)
 
 
-def test_length_penalty(fork, monkeypatch):
-    monkeypatch.setattr("eval.equivalent_within_time", str.__eq__)  # no process of its own for math-verify
+def test_length_penalty(fork):
     fork.run()
     words, rows = AutoTokenizer.from_pretrained(TOY), fork.read_lines(TOY / "train.jsonl")[:3]
     prompts = [fork.prompt_ids(words, fork.student_messages(row)) for row in rows]
