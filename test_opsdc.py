@@ -373,24 +373,29 @@ def test_random_numbers_depend_on_seed_step_and_process(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- stops and resuming
-@pytest.mark.parametrize("how, code, checkpoints", (
-    ("killed in a step", -signal.SIGKILL, []), ("killed while saving", -signal.SIGKILL, ["step_2.partial"]),
-    ("killed before the export", -signal.SIGKILL, ["step_2"]), ("SIGTERM", 143, ["step_3"]),
-    ("SIGINT", 143, ["step_3"]),
-))  # fmt: skip
-def test_resumed_run_equals_an_uninterrupted_one(how, code, checkpoints, runs, tmp_path):
-    out = tmp_path / "run"
-    printed = Forked("--fault", how, *STEADY, "--out", out).end(code)
-    assert os.listdir(out / "checkpoint") == checkpoints
-    for partial in out.rglob("step_*.partial"):
-        (partial / "stale").touch()  # as more processes would have left
-    if code == 143:  # it has finished its step
-        assert (out / "step_3" / "model.safetensors").exists()
-        assert printed.count("stopping after this step") == 1
-    Forked(*STEADY, "--out", out, "--resume").end()
-    assert outcome(out) == outcome(runs[1])
-    assert os.listdir(out / "checkpoint") == ["step_4"]
-    assert not [*out.rglob("*.partial"), *out.rglob("stale")]
+INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
+    "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
+    "killed before the export": (-signal.SIGKILL, ["step_2"]),
+    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]),
+}  # fmt: skip
+
+
+def test_resumed_runs_equal_an_uninterrupted_one(runs, tmp_path):
+    begun = {how: Forked("--fault", how, *STEADY, "--out", tmp_path / how) for how in INTERRUPTIONS}
+    for how, (code, checkpoints) in INTERRUPTIONS.items():
+        printed = begun[how].end(code)
+        assert os.listdir(tmp_path / how / "checkpoint") == checkpoints, how
+        for partial in (tmp_path / how).rglob("step_*.partial"):
+            (partial / "stale").touch()  # as more processes would have left
+        if code == 143:  # it has finished its step
+            assert (tmp_path / how / "step_3" / "model.safetensors").exists()
+            assert printed.count("stopping after this step") == 1
+    resumed = {how: Forked(*STEADY, "--out", tmp_path / how, "--resume") for how in INTERRUPTIONS}
+    for how in INTERRUPTIONS:
+        resumed[how].end()
+        assert outcome(tmp_path / how) == outcome(runs[1]), how
+        assert os.listdir(tmp_path / how / "checkpoint") == ["step_4"]
+        assert not [*(tmp_path / how).rglob("*.partial"), *(tmp_path / how).rglob("stale")]
 
 
 def test_two_machines_equal_one_and_numbers_of_processes_may_change(launched, tmp_path):
