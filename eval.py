@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import random
 import re
+import signal
 import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -160,11 +161,15 @@ def matches(gold, text):
 
 @cache
 def grading_process():
-    """It compares and can be killed: sympy can be lost in 9^{9^{9^9}}, where no signal reaches it. Garbage of
-    the process that it is forked from, GPU tensors among it, is not its to collect."""
-    pool = multiprocessing.get_context("fork").Pool(1, gc.freeze)
+    """It compares and can be killed: sympy can be lost in 9^{9^{9^9}}, where no signal reaches it."""
+    pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
     atexit.register(pool.terminate)
     return pool
+
+
+def begin_grading():
+    gc.freeze()  # garbage of the process it is forked from, GPU tensors among it, is not its to collect
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # terminate() sends it
 
 
 def equivalent(gold, text):
@@ -394,7 +399,7 @@ def table(results):
         if "versus_baseline" in x:
             row["fewer tokens % (95 % CI)"] = with_interval(x["versus_baseline"], "reduction")
             row["accuracy change (95 % CI)"] = with_interval(x["versus_baseline"], "accuracy_change")
-        lines = lines or [row, ["---"] + ["---:"] * (len(row) - 1)]
+        lines = lines or [row, ["---"] + ["---:"] * (len(row) - 1)]  # the keys of a row are the heads
         lines.append(row.values())
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import sys
 import time
 
@@ -124,14 +125,13 @@ def test_grader_reads_the_final_answer_and_nothing_else():
 
 def test_grader_is_bounded_in_time_and_never_raises(monkeypatch):
     monkeypatch.setattr(evaluation, "GRADING_SECONDS", 1)
-    began = time.time()
+    began, before = time.time(), signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer may have it
     garbage = "9^{9^{9^{9}}}", "{" * 900, "\\frac" * 180, "\\boxed{" * 50, "((((" * 200, "\x00\ud7ff"
-    for text in garbage:
+    for text in (*garbage, "Answer: \\boxed{((" * 7000, "a1{\\" * 25000):
         assert not verdicts(f"Answer: {text}\n\\boxed{{{text}}}", "7")["dual"]
-    assert not evaluation.grade("Answer: \\boxed{((" * 7000, "7")["dual"]  # 100 KB
-    assert not evaluation.grade("a1{\\" * 25000, "7")["dual"]
     assert time.time() - began < 40
     assert verdicts("Answer: 3+4", "7")["answer"]  # and goes on grading
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_standard_errors_against_numbers_by_hand():
