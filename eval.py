@@ -41,9 +41,7 @@ class Config:
     """Every setting, its default and its meaning; the command line is made from this."""
 
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub name or folder, such as a step_N/ of opsdc.py")
-    data: str = HfArg(
-        default="math500", help="math500, aime24, aime25, gpqa, mmlu, file, name[:split]: by commas"
-    )
+    data: str = HfArg(default="math500", help="math500,aime24,aime25,gpqa,mmlu, a file or hub name[:split]")
     samples_per_problem: int = HfArg(default=8, help="n of mean@n (paper: 8)")
     temperature: float = HfArg(default=0.6, help="sampling temperature (paper: 0.6); 0 is greedy")
     top_p: float = HfArg(default=0.95, help="nucleus sampling (paper: 0.95); 1 is off")
@@ -225,9 +223,7 @@ def load_problems(cfg, tokenizer, context):
                 if len(prompt) >= context:
                     raise ValueError(f"a prompt of {len(prompt)} tokens, in a context of {context}")
                 groups = {key: str(row[key]) for key in GROUPS if key in row}
-                problems[name].append(
-                    {"question": question, "prompt": prompt, "gold": gold, "groups": groups}
-                )
+                problems[name].append(dict(question=question, prompt=prompt, gold=gold, groups=groups))
         except (OSError, ValueError) as error:
             fail(f"--data {name}, after {len(problems[name])} rows: {error!r}")
     return problems
