@@ -143,8 +143,7 @@ def matches(gold, text):
         return chosen_letter(text) == gold.strip("()")
     if gold.replace(" ", "").lower() == text.replace(" ", "").lower() and not re.search(r"\d \d", text):
         return text != ""
-    bases = set(re.findall(r"(?m)\d_\{?(\d+)\}?$", f"{gold}\n{text}"))
-    if len(bases) > 1:  # 412_5 and 412_6
+    if len(set(re.findall(r"(?m)\d_\{?(\d+)\}?$", f"{gold}\n{text}"))) > 1:  # 412_5 and 412_6
         return False
     if len(set(re.findall(r"(\w+)\s*=", gold))) > 1 and not re.search("[=(]", text):
         gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"  # a = 1, b = 2: the order counts
