@@ -317,7 +317,7 @@ def test_one_step_can_be_recomputed_from_its_log(processes, tmp_path):
         x, xc, y = (record[f"{name}_ids"] for name in ("student_prompt", "teacher_prompt", "response"))
         kl, entropy = plain_scores(model, model, (x, xc), y)
         scores.append((kl, entropy))
-        assert record["token_kl"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+        assert record["token_kl"] == pytest.approx(kl.tolist(), rel=1e-3, abs=5e-6)
         assert record["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
         assert record["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
     loss = sum(kl.mean() for kl, _ in scores) / 4
