@@ -683,7 +683,7 @@ def test_the_toy_writes_less_and_is_exported_as_an_ordinary_folder_in_bf16(launc
     assert [m["step"] for m in metrics] == list(range(1, 13))
     assert [m["step"] for m in metrics if m["refreshed"]] == [9]
     tokens = [m["response_tokens"] for m in metrics]
-    assert sum(tokens[-4:]) < 0.75 * sum(tokens[:4]), tokens
+    assert sum(tokens[-4:]) < 0.85 * sum(tokens[:4]), tokens  # 0.71 here, each sum off by some 5 %
     assert "--- teacher_prompt ---" in printed and re.search(r"^step   12/12  loss ", printed, re.M)
     contract = "step loss response_tokens truncated entropy grad_norm refreshed skipped peak_memory_gb"
     assert {*contract.split(), "seconds", "seconds_rollout", "seconds_train"} <= metrics[0].keys()
