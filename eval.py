@@ -14,12 +14,14 @@ and scored by the letter. A stopped run continues where it was, given the same c
 
 import atexit
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
 import random
 import re
 import signal
+import string
 import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -212,8 +214,8 @@ def load_problems(cfg, tokenizer, context):
         source, configuration = BENCHMARKS.get(name, (name, None))
         source, _, split = source.partition(":")
         try:
-            rows = list(opsdc.load_rows(source, split, configuration))
-            for row in rows[: cfg.limit or None]:
+            rows = opsdc.load_rows(source, split, configuration)
+            for row in itertools.islice(rows, cfg.limit or None):
                 row, gold = with_gold(row)
                 question = messages = opsdc.student_messages(row)
                 if cfg.instruction:
@@ -247,7 +249,7 @@ def with_gold(row):
         return row, gold
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label", [])
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    letters = string.ascii_uppercase[: len(options)]
     ways = [labels, letters, options]
     if isinstance(answer, int):
         ways[1] = range(len(options))

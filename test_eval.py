@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import opsdc
 from test_opsdc import HERE, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines, plain_logits
-from test_opsdc import process_group, refusal, steady_sampler, tiny  # noqa: F401, process_group is a fixture
+from test_opsdc import process_group, refusal, steady_sampler, tiny, wait_for  # noqa: F401, process_group is a fixture
 
 # ---------------------------------------------------------------------------------------------------- eval.py
 RIGHT = {"answer": True, "boxed": False, "dual": True}
@@ -287,9 +287,7 @@ def evaluated(tmp_path_factory):
     flags, killed = ("--model", copy_of_toy(folder / "model"), *EVAL), folder / "killed"
     two = launch(command(*flags, launcher="--standalone --nproc_per_node=2", script="eval.py"), cwd=folder)
     one = launch(command(*flags, "--out", killed, script="eval.py"))
-    while not (killed / "samples.0.jsonl").exists():
-        assert one.poll() is None, ended(one)
-        time.sleep(0.02)
+    wait_for(killed / "samples.0.jsonl", one)
     one.kill()
     printed = ended(two)
     (out,) = folder.glob("runs/eval/*-model")
@@ -338,7 +336,7 @@ def in_process(capsys, *flags):
 
 
 def test_only_samples_of_the_same_weights_and_rows_are_reused(evaluated, tmp_path, capsys, monkeypatch):
-    out, model = evaluated[0], evaluated[0].parents[2] / "model"
+    out, model = evaluated[0], evaluated[2].parent / "model"
     flags = ("--model", model, *EVAL, "--out", out)
     with monkeypatch.context() as patch:
         patch.setattr(opsdc, "load_model", None)

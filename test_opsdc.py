@@ -373,16 +373,14 @@ def test_random_numbers_depend_on_seed_step_and_process(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- stops and resuming
-INTERRUPTIONS = {  # with the exit code, and what is left of checkpoints
-    "killed in a step": (-signal.SIGKILL, []), "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
-    "killed before the export": (-signal.SIGKILL, ["step_2"]),
-    "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]),
-}  # fmt: skip
-
-
 def test_resumed_runs_equal_an_uninterrupted_one(runs, tmp_path):
-    begun = {how: Forked("--fault", how, *STEADY, "--out", tmp_path / how) for how in INTERRUPTIONS}
-    for how, (code, checkpoints) in INTERRUPTIONS.items():
+    interruptions = {  # with the exit code, and what is left of checkpoints
+        "killed in a step": (-signal.SIGKILL, []), "killed before the export": (-signal.SIGKILL, ["step_2"]),
+        "killed while saving": (-signal.SIGKILL, ["step_2.partial"]),
+        "SIGTERM": (143, ["step_3"]), "SIGINT": (143, ["step_3"]),
+    }  # fmt: skip
+    begun = {how: Forked("--fault", how, *STEADY, "--out", tmp_path / how) for how in interruptions}
+    for how, (code, checkpoints) in interruptions.items():
         printed = begun[how].end(code)
         assert os.listdir(tmp_path / how / "checkpoint") == checkpoints, how
         for partial in (tmp_path / how).rglob("step_*.partial"):
@@ -390,8 +388,8 @@ def test_resumed_runs_equal_an_uninterrupted_one(runs, tmp_path):
         if code == 143:  # it has finished its step
             assert (tmp_path / how / "step_3" / "model.safetensors").exists()
             assert printed.count("stopping after this step") == 1
-    resumed = {how: Forked(*STEADY, "--out", tmp_path / how, "--resume") for how in INTERRUPTIONS}
-    for how in INTERRUPTIONS:
+    resumed = {how: Forked(*STEADY, "--out", tmp_path / how, "--resume") for how in interruptions}
+    for how in interruptions:
         resumed[how].end()
         assert outcome(tmp_path / how) == outcome(runs[1]), how
         assert os.listdir(tmp_path / how / "checkpoint") == ["step_4"]
@@ -429,9 +427,7 @@ def test_torchrun_and_its_processes_are_told_to_stop(tmp_path):
     out = tmp_path / "run"
     flags = (*SHORT_RUN, "--steps", 5000, "--save_every", 5000, "--out", out)
     torchrun = launch(command(*flags, launcher="--standalone --nproc_per_node=2"), start_new_session=True)
-    while not (out / "metrics.jsonl").exists():
-        assert torchrun.poll() is None, ended(torchrun)
-        time.sleep(0.05)
+    wait_for(out / "metrics.jsonl", torchrun)
     os.killpg(torchrun.pid, signal.SIGTERM)
     printed, last = ended(torchrun, code=1), len(lines(out / "metrics.jsonl"))
     assert "stopping after this step" in printed
@@ -823,6 +819,12 @@ def ended(process, code=0):
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == code, printed
     return printed
+
+
+def wait_for(file, process):
+    while not file.exists():
+        assert process.poll() is None, ended(process)
+        time.sleep(0.02)
 
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -19,21 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toy.reproduce import (
-    ROOT,
-    TOY,
-    call,
-    entropy,
-    evaluate,
-    first_step,
-    folder,
-    in_parallel,
-    listed,
-    renew,
-    results,
-    three_seeds,
-    tokens_and_accuracy,
-)
+from toy.reproduce import ROOT, TOY, call, entropy, evaluate, first_step, folder, in_parallel, listed, renew
+from toy.reproduce import results, three_seeds, tokens_and_accuracy
 
 RUNS = Path("runs/forks")
 (LISTED,) = listed("forks/findings.md")

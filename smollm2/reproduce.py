@@ -151,12 +151,11 @@ def words(tokens):
     found, word, place, within = [], "", "opens the response", "inside the first sentence"
     for piece, kl in tokens:
         if re.match(r"\w", piece) and re.search(r"\w$", word):
-            its_place, kl_before = found[-1]
-            found[-1] = its_place, kl_before + kl
+            found[-1][1] += kl
             word += piece.strip()
             continue
-        word = "(end)" if piece == "<|im_end|>" else piece.strip() or "(new line)"
-        found.append((place, kl))
+        word = piece.strip()
+        found.append([place, kl])
         place = within
         if re.search(r"[.!?]$|\n", piece.rstrip(" ")):
             place, within = "opens a later sentence, or ends all", "inside a later one"
