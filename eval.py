@@ -5,19 +5,16 @@
     torchrun --nproc_per_node 8 eval.py --model runs/opsdc/step_100 --data math500,aime24,aime25 \
         --out runs/trained --baseline runs/base/results.json
 
-The prompt is what the student sees in training; with --instruction it is the teacher's. Accuracy is mean@n,
-the mean over n samples of each problem, under three verdicts, since a grader that reads one format only takes
-a change of format for a change of accuracy: "answer" reads the last line "Answer: ...", "boxed" the last box,
-"dual" is either of the two. Multiple choice is put as a problem with lettered options, in a wording of ours,
-and scored by the letter. A stopped run continues where it was, given the same command.
+The prompt is what the student sees in training; with --instruction it is the teacher's. Accuracy is mean@n:
+the mean over n samples of each problem. Three verdicts tell a change of format from a change of accuracy:
+"answer" reads the last line "Answer: ...", "boxed" the last box, "dual" is either. Multiple choice is put
+with lettered options, in our wording, and scored by the letter. The same command continues a stopped run.
 """
 
 import atexit
 import gc
 import itertools
 import json
-import logging
-import multiprocessing
 import random
 import re
 import signal
@@ -26,6 +23,7 @@ import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas
@@ -63,9 +61,7 @@ LONGEST_ANSWER = 1000  # characters; garbage is longer
 # Thinking as marked by Qwen and most others, Seed, Mistral, Cohere, gpt-oss, Gemma 4.
 THINKING_BEGINS = r"<(?:seed:)?think>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|>analysis|<\|channel>thought"
 THINKING_ENDS = r"</(?:seed:)?think>|\[/THINK]|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>|<channel\|>"
-BRACED = "[^{}]{0,1000}"
-for _ in range(5):  # braces within braces
-    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}}){{0,1000}}"
+BRACED = r"(?:[^{}]|\{" * 5 + "[^{}]{0,1000}" + r"\}){0,1000}" * 5  # braces within braces, five deep
 BOX = rf"\\(?:boxed|fbox)\s*\{{(?:({BRACED})\}})?"  # one that never closes holds nothing
 ARGUMENT = rf"\s*(?:\{{({BRACED})\}}|(\\[a-z]+|\w))"  # of \frac: in braces, a command, a digit or a letter
 UNIT = r"(?:(?!more|less|dozen|hundred|thousand|\w+illion)[a-zA-Z]{3,}|[ckm][mgl]|ft|in|(?<=[ /])[mgshLJNVW])"
@@ -89,8 +85,7 @@ REWRITES = (  # what people write, and how math-verify reads it
 
 
 def grade(response, gold, truncated=False):
-    """Three verdicts on any text: {"answer": bool, "boxed": bool, "dual": bool}. What was cut off is wrong,
-    and so is what takes more than GRADING_SECONDS to compare."""
+    """Verdicts {"answer": bool, "boxed": bool, "dual": bool}. What is cut off or takes too long is wrong."""
     final = "" if truncated else after_thinking(response)
     answer, boxed = matches(gold, last_answer_line(final)), matches(gold, last_box(final))
     return {"answer": answer, "boxed": boxed, "dual": answer or boxed}
@@ -130,9 +125,7 @@ def chosen_letter(text):
     """The letter of the one option that is named: B, (b), 'B', B. Paris. It is "" where none or two are."""
     named = re.match(r"('?)[(\[{]*([A-Za-z])(?:[)\]}]+\1|\1(?=$|[.:]\s|\s[-—]\s|\s\())(.*)", text)
     another = r"^[.\s(]*(?:,|and\b|or\b)|(?<![(\w])[A-Z][.):](?!\S)|(?<!\w)\([A-Z]\)"  # B or C; B. x, C. y
-    if not named or re.search(another, named[3]):
-        return ""
-    return named[2].upper()
+    return named[2].upper() if named and not re.search(another, named[3]) else ""
 
 
 @cache  # samples of one problem mostly agree
@@ -151,24 +144,19 @@ def matches(gold, text):
         gold, text = "(" + re.sub(r"[^,=]+=", "", gold) + ")", f"({text})"  # a = 1, b = 2: the order counts
     answer = grading_process().apply_async(equivalent, (gold, text))
     answer.wait(GRADING_SECONDS)
-    if answer.ready():
-        return answer.successful() and answer.get()
-    grading_process().terminate()
-    grading_process.cache_clear()
-    return False
+    if not answer.ready():
+        grading_process().terminate()
+        grading_process.cache_clear()
+    return answer.ready() and answer.successful() and answer.get()
 
 
 @cache
 def grading_process():
     """It compares and can be killed: sympy can be lost in 9^{9^{9^9}}, where no signal reaches it."""
-    pool = multiprocessing.get_context("fork").Pool(1, begin_grading)
+    gc.collect()  # before the fork: the new process must not collect this one's garbage, such as GPU tensors
+    pool = get_context("fork").Pool(1, signal.signal, (signal.SIGTERM, signal.SIG_DFL))  # terminate sends it
     atexit.register(pool.terminate)
     return pool
-
-
-def begin_grading():
-    gc.freeze()  # garbage of the process it is forked from, GPU tensors among it, is not its to collect
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # terminate() sends it
 
 
 def equivalent(gold, text):
@@ -176,7 +164,6 @@ def equivalent(gold, text):
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Eq, Expr, Float, Rational, UnevaluatedExpr, false
 
-    logging.disable(logging.CRITICAL)  # math-verify reports each expression it gives up on
     normalization = NormalizationConfig(malformed_operators=True, nits=True)  # not its units: 3t is not 3
     latex = [LatexExtractionConfig(normalization_config=normalization)]
     # What cannot be read raises an error here, which counts as wrong.
@@ -217,10 +204,9 @@ def load_problems(cfg, tokenizer, context):
             rows = opsdc.load_rows(source, split, configuration)
             for row in itertools.islice(rows, cfg.limit or None):
                 row, gold = with_gold(row)
-                question = messages = opsdc.student_messages(row)
-                if cfg.instruction:
-                    messages = opsdc.teacher_messages(row, cfg.instruction)
-                prompt = opsdc.prompt_ids(tokenizer, messages)
+                question = opsdc.student_messages(row)
+                asked = opsdc.teacher_messages(row, cfg.instruction) if cfg.instruction else question
+                prompt = opsdc.prompt_ids(tokenizer, asked)
                 if len(prompt) >= context:
                     raise ValueError(f"a prompt of {len(prompt)} tokens, in a context of {context}")
                 groups = {key: str(row[key]) for key in GROUPS if key in row}
@@ -250,10 +236,8 @@ def with_gold(row):
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label", [])
     letters = string.ascii_uppercase[: len(options)]
-    ways = [labels, letters, options]
-    if isinstance(answer, int):
-        ways[1] = range(len(options))
-    for names in ways:
+    places = range(len(options)) if isinstance(answer, int) else letters
+    for names in (labels, places, options):
         for letter, name in zip(letters, names):
             if str(name) == str(answer):
                 return row, letter
@@ -262,19 +246,17 @@ def with_gold(row):
 
 # --------------------------------------------------------------------------------------------------- sampling
 def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
-    """A response to each prompt, as lists of token ids. With its prompt it has at most limits[i] tokens. One
-    call of rollout() would compute every row until the longest response ends. In legs, those that are done
-    leave, and those whose texts are shortest so far go on from prompt + response: as many as the KV cache of
-    `rows` texts of full length holds."""
+    """A response to each prompt, as lists of token ids; the two have at most limits[i] tokens. One call of
+    rollout() would compute every row until the longest response ends. In legs, those that are done leave, and
+    the shortest texts so far go on: as many as the KV cache of `rows` texts of full length holds."""
     texts, waiting, leg = list(prompts), list(range(len(prompts))), 0
     full = max(limits)
-    room = rows * full  # tokens in the KV cache
     while waiting:
         waiting.sort(key=lambda i: len(texts[i]))  # alike in length: little padding
         # A leg reads its texts once and computes each row to the leg's end. At an eighth of the longest text
         # that is 9 tokens read for each one written (a hundred times as fast), a sixteenth written in vain.
         ends = [min(len(texts[i]) + max(64, len(texts[i]) // 8), full) for i in waiting]
-        count = sum(rows_so_far * end <= room for rows_so_far, end in enumerate(ends, 1))
+        count = sum(rows_so_far * end <= rows * full for rows_so_far, end in enumerate(ends, 1))
         writing, waiting = waiting[:count], waiting[count:]
         sampling.max_new_tokens = ends[count - 1] - len(texts[writing[-1]])
         written = opsdc.rollout(model, [texts[i] for i in writing], sampling, (*seed, leg))
@@ -287,8 +269,7 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
 
 
 def split_work(cfg, problems):
-    """Returns units of (data set, problem, sample): each a 32nd of a data set, but at least 4 and at most 128
-    times --batch_size. They do not depend on the number of processes, so neither do the results."""
+    """Returns units of (data set, problem, sample): the same for any number of processes, as results are."""
     units = []
     for name, some in problems.items():
         wanted = [(name, i, sample) for i in range(len(some)) for sample in range(cfg.samples_per_problem)]
@@ -299,8 +280,7 @@ def split_work(cfg, problems):
 
 def sample(cfg, problems, units, model, tokenizer, stop_tokens, context, out):
     """Write and grade this process's units, a file for each: a kill loses the one that is being written."""
-    knobs = cfg.max_response_tokens, cfg.temperature, cfg.top_p, cfg.top_k
-    sampling = opsdc.sampling_settings(stop_tokens, *knobs)
+    sampling = opsdc.sampling_settings(stop_tokens, None, cfg.temperature, cfg.top_p, cfg.top_k)
     if not opsdc.reads_alike(model):
         fail(f"--model {cfg.model}: its logits change where a text is padded or read with a cache")
     with suppress(RuntimeError, ValueError, AttributeError):  # some caches cannot be filled in parts
