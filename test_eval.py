@@ -35,7 +35,7 @@ def verdicts(final, gold, thinking="x", truncated=False):
     ("(3, \\frac{\\pi}{2})", ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\pi/2)"), ("(\\pi/2, 3)", "3")),
     ("[2,5)", ("\\left[2,5\\right)",), ("[2,5]", "(2,5)")),
     ("\\{1\\pm\\sqrt{5},-2\\}", ("\\{-2, 1+\\sqrt{5}, 1-\\sqrt{5}\\}",), ("\\{1,-2\\}",)),
-    ("5.4 \\text{ cents}", ("5.4", "5.4 cents"), ("54",)),
+    ("5.4 \\text{ cents}", ("5.4", "5.4 cents", "5.4¢"), ("54",)),
     ("90^\\circ", ("90", "90 degrees", "90°"), ("9",)), ("n > 4", ("4 < n", "(4, \\infty)"), ("4", "n < 4")),
     ("50\\%", ("50\\%", "50%", "50", "50 percent", "0.5"), ("5\\%",)),
     ("7^{-40}", ("\\frac{1}{7^{40}}",), ("7^{-41}", "0", "7^{-40} + 7^{-41}")),
@@ -47,7 +47,7 @@ def verdicts(final, gold, thinking="x", truncated=False):
      ("> 8", "8 or more", "\\ne 8", "n \\ge 8", "9 = 8", "8 = 9", "8, 9", "8 cups and 3 cans", "8 million",
       "8t", ".8", "not 8", "8 (or 9)", "8x", "8!", "at least 8", "8 dozen", "between 8 and 9")),
     ("\\frac{\\pi}{2}", ("\\frac\\pi2", "\\frac\\pi{2}", "\\frac{\\pi}2"), ("\\frac\\pi3", "\\pi")),
-    ("\\sqrt{\\pi}", ("\\sqrt\\pi", "sqrt(pi)"), ("\\pi", "\\sqrt2")),
+    ("\\sqrt{\\pi}", ("\\sqrt\\pi", "sqrt(pi)"), ("\\pi", "\\sqrt2")), ("2^{200}", (), ("2^{200}-1",)),
     ("\\frac{\\sqrt{3}}{n}", ("\\frac{\\sqrt{3}}n", "\\frac{\\sqrt3}n"), ("\\frac{3}n",)),
     ("10", ("\\binom52", "\\binom{5}2", "10^1"), ("\\binom51", "52")), ("5!", ("120", "5!"), ("5",)),
     ("6, 8, 10", ("6 cm, 8 cm, 10 cm", "10, 8 and 6"), ("6, 8", "6810")),
@@ -64,7 +64,7 @@ def verdicts(final, gold, thinking="x", truncated=False):
      ("\\begin{pmatrix} 2/3 \\\\ -1/3 \\end{pmatrix}",)),
     ("\\text{ellipse}", ("ellipse", "an ellipse.", "\\text{Ellipse}", "**ellipse**"), ("circle", "lips")),
     ("B", ("B", "(B)", "B.", "B. Paris", "\\text{B}", "b", "(b)", "Option B", "The answer is B", "B) Paris",
-           "B: A cat", "I think B", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct", "'B'", "“B”",
+           "B: A cat", "[B]", "b. 4", "B – Rome", "B. See A.", "B is correct", "'B'", "“B”",
            "{B}", "B (Rome)", "(B) P(A) is 1/2", "\\textbf{(B)}\\ 12", "B. The mass is kept."),
      ("A", "Because", "b c", "A or B", "A, B", "A) or B)", "A. x or B", "B is wrong", "B = 2", "Vitamin B",
       "2 B", "\\vec{B}", "B. x, C. y", "B'", "A, not B", "B (or C)", "(B) and (C)", "BC", "B_1")),
@@ -380,11 +380,11 @@ def test_rows_are_halved_when_memory_runs_out(monkeypatch, tmp_path):
     cfg = evaluation.Config(model=TOY, samples_per_problem=1, batch_size=8)
     problems = {"toy": [{"prompt": [1, 2], "gold": "1", "groups": {}}] * 40}
     units = evaluation.split_work(cfg, problems)
-    evaluation.sample(cfg, problems, units, model, tokenizer, stop_tokens, context, tmp_path)
+    evaluation.sample(cfg, units, model, tokenizer, stop_tokens, context, tmp_path)
     assert tried == [8, 4, 2, 2] and len([x for file in tmp_path.iterdir() for x in lines(file)]) == 40
     least, other = 0, tmp_path / "other"
     with pytest.raises(torch.OutOfMemoryError):
-        evaluation.sample(cfg, problems, units, model, tokenizer, stop_tokens, context, other)
+        evaluation.sample(cfg, units, model, tokenizer, stop_tokens, context, other)
 
 
 @pytest.mark.parametrize("flags, message", (
