@@ -174,7 +174,7 @@ def equivalent(gold, text):
         decimal = gold.has(Float) or text.has(Float)
         for percent in Rational(1, 100), 1:  # 50% is 0.5 and 50
             a, b = (x.xreplace({UnevaluatedExpr(Rational(1, 100)): percent}) for x in (gold, text))
-            error = 1e-6 * abs(a).evalf(60) if decimal else 1e-150
+            error = 1e-6 * abs(a).evalf(60) if decimal else 1e-150 * min(abs(a).evalf(60), 1)
             if abs(a - b).evalf(60) <= error:
                 return True
         return False
