@@ -170,7 +170,7 @@ def equivalent(gold, text):
     if isinstance(text, Eq) and text.lhs.is_number and text.doit() is false:  # 6 = 5
         return False
     if all(isinstance(x, Expr) and x.is_number for x in (gold, text)) and gold.is_finite is not False:
-        # For math-verify, 10^-20 and 10^-21 are both about 0. A decimal has to be right to six digits.
+        # math-verify takes 10^-20 and 10^-21 for 0. Here a decimal needs six right digits, the rest is exact.
         decimal = gold.has(Float) or text.has(Float)
         for percent in Rational(1, 100), 1:  # 50% is 0.5 and 50
             a, b = (x.xreplace({UnevaluatedExpr(Rational(1, 100)): percent}) for x in (gold, text))
@@ -269,8 +269,7 @@ def rollout_in_legs(model, prompts, limits, sampling, seed, rows):
 
 
 def split_work(cfg, problems):
-    """Returns units, lists of (data set, i, j, x): sample j of the data set's problem i, which is x. They do
-    not depend on the number of processes, so neither do the results."""
+    """Returns units of (data set, i, j, problem i) for samples j, the same for any number of processes."""
     units = []
     for name, some in problems.items():
         wanted = [(name, i, j, x) for i, x in enumerate(some) for j in range(cfg.samples_per_problem)]
@@ -361,7 +360,7 @@ def report(samples, baseline):
 
 def table(results):
     """Markdown, to be pasted as it stands."""
-    lines = []
+    rows = []
     for name, x in results.items():
         row = {
             "data": name,
@@ -376,8 +375,8 @@ def table(results):
         if "versus_baseline" in x:
             row["fewer tokens % (95 % CI)"] = with_interval(x["versus_baseline"], "reduction")
             row["accuracy change (95 % CI)"] = with_interval(x["versus_baseline"], "accuracy_change")
-        lines = lines or [row, ["---"] + ["---:"] * (len(row) - 1)]  # the keys of a row are the heads
-        lines.append(row.values())
+        rows.append(row)
+    lines = [rows[0].keys(), ["---"] + ["---:"] * (len(rows[0]) - 1)] + [row.values() for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -388,7 +387,8 @@ def with_error(x, name, scale):
 
 def with_interval(x, name):
     value, error = 100 * x[name], 196 * (x[f"{name}_se"] or 0)
-    return f"{value:.1f}" + f" ({value - error:.1f} to {value + error:.1f})" * (error > 1e-7)
+    interval = f" ({value - error:.1f} to {value + error:.1f})"
+    return f"{value:.1f}" + (interval if error > 1e-7 else "")  # none where all differences are equal
 
 
 # -------------------------------------------------------------------------------------- the run, its settings

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import opsdc
 from test_opsdc import HERE, README, TOY, WRITE, command, copy_of_toy, ended, launch, lines, plain_logits
-from test_opsdc import process_group, refusal, steady_sampler, tiny, wait_for  # noqa: F401, process_group is a fixture
+from test_opsdc import process_group, refusal, steady_sampler, tiny, wait_for  # noqa: F401, a fixture
 
 # ---------------------------------------------------------------------------------------------------- eval.py
 RIGHT = {"answer": True, "boxed": False, "dual": True}
